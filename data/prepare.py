@@ -1,0 +1,242 @@
+"""Prepare data: from a public data set or one's own folder to a checked manifest with conditions and splits.
+
+python -m data.prepare phantom --output_dir runs/phantom --count 64 --seed 3          # synthetic, nothing needed
+python -m data.prepare build --source breast --input BrEaST --output_dir runs/breast --size 256
+python -m data.prepare check --data_dir runs/breast --knowledge breast
+python -m data.prepare split --data_dir mine --seed 0
+python -m data.prepare conditions --data_dir mine
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from data.sources import breast, folder, tiger_thyroid
+from data.sources.writer import write_png
+from tiger import manifest
+from tiger.conditions import read_gray, sobel_map
+from tiger.errors import InputError, run
+from tiger.files import atomic_path
+from tiger.knowledge import Knowledge
+from tiger.manifest import SPLITS, Manifest
+
+
+def build(args: argparse.Namespace) -> None:
+    """Read a source, write images, masks, maps and metadata.jsonl, and check what was written."""
+    input_dir, output_dir = Path(args.input), Path(args.output_dir)
+    if not input_dir.is_dir():
+        raise InputError(f"--input {input_dir}: no such folder")
+    if output_dir.resolve() == input_dir.resolve():
+        raise InputError(f"--output_dir {output_dir}: is the input itself, which stays as it is: give another folder")
+    if args.source == "breast":
+        knowledge = Knowledge.load("breast")
+        rows = breast.build(input_dir, output_dir, args.size, args.seed)
+    elif args.source == "tiger_thyroid":
+        knowledge = Knowledge.load("thyroid")
+        rows = tiger_thyroid.build(input_dir, output_dir, args.size)
+    else:
+        knowledge = Knowledge.load(args.knowledge)
+        rows = folder.build(input_dir, output_dir, args.size, knowledge)
+    path = output_dir / manifest.FILE_NAME
+    manifest.write(path, rows)
+    written = manifest.read(path, knowledge)
+    manifest.check(written, conditions=False, knowledge=knowledge)
+    print(summary(written))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check structure, files and texts. Ends in one message that lists every bad row and its mending."""
+    knowledge = Knowledge.load(args.knowledge)
+    data = manifest.read(args.data_dir, knowledge)
+    conditions = args.stage == "fine" or (args.stage == "auto" and any(row.condition_fg for row in data.rows))
+    with tqdm(total=len(data.rows), desc="check", unit="row") as bar:
+        manifest.check(data, conditions=conditions, knowledge=knowledge, on_row=bar.update)
+    print(f"{summary(data)}\nready for {'both stages' if conditions else 'the coarse stage'}")
+
+
+def split(args: argparse.Namespace) -> None:
+    """Assign splits by patient, alike in labels, in place or in a copy whose files are linked or copied."""
+    data = manifest.read(args.data_dir, Knowledge.load(args.knowledge))
+    total = sum(args.fractions)
+    if abs(total - 1) > 1e-6 or min(args.fractions) < 0:
+        raise InputError(f"--fractions {args.fractions}: must be shares that add up to 1, they add up to {total:g}")
+    without = sum(row.patient_id is None for row in data.rows if not row.synthetic)
+    if without:
+        print(f"warning: {without} rows have no patient_id: each is split as a patient of its own", file=sys.stderr)
+    rows = manifest.assign_splits(data.rows, dict(zip(SPLITS, args.fractions, strict=True)), args.seed)
+    path = data.path
+    if args.output_dir is not None:
+        path = Path(args.output_dir) / manifest.FILE_NAME
+        copy_files(data, path.parent)
+    manifest.write(path, rows)
+    print(summary(Manifest(path, rows)))
+
+
+def copy_files(data: Manifest, output_dir: Path) -> None:
+    """Give the manifest's files a second name in `output_dir`, or a copy on another disk."""
+    if output_dir.resolve() == data.root.resolve():
+        return
+    names = [getattr(row, column) for row in data.rows for column in manifest.FILE_COLUMNS if getattr(row, column)]
+    for name in tqdm(names, desc="files", unit="file"):
+        if not (data.root / name).is_file():
+            raise InputError(f"{data.path}: {name} does not exist; see python -m data.prepare check")
+        with atomic_path(output_dir / name) as temporary:
+            temporary.unlink()
+            try:
+                os.link((data.root / name).resolve(), temporary)
+            except OSError:  # another disk
+                shutil.copyfile(data.root / name, temporary)
+
+
+def conditions(args: argparse.Namespace) -> None:
+    """Write the Sobel maps that are missing, and name them in the manifest. A stopped run continues where it was."""
+    data = manifest.read(args.data_dir, Knowledge.load(args.knowledge))
+    rows = [row if row.condition_bg else replace(row, condition_bg=map_name(row.file_name)) for row in data.rows]
+    owner: dict[str, str] = {}
+    for row in rows:
+        first = owner.setdefault(str(row.condition_bg), row.file_name)
+        if first != row.file_name:
+            raise InputError(f"{data.path}: {first} and {row.file_name} would share {row.condition_bg}: rename one")
+    jobs = [
+        (data.root / row.file_name, target)
+        for row in rows if not (target := data.root / str(row.condition_bg)).is_file()
+    ]  # fmt: skip
+    problems = [problem for problem in parallel(write_map, jobs, args.workers, "Sobel maps") if problem]
+    if problems:
+        raise InputError("\n  ".join([f"{data.path}: {len(problems)} maps could not be made:", *problems]))
+    manifest.write(data.path, rows)
+    print(f"{len(jobs)} maps written, {len(rows) - len(jobs)} were there")
+
+
+def map_name(file_name: str) -> str:
+    """images/a/b.jpg → condition_bg/a/b.png"""
+    path = PurePosixPath(file_name)
+    parts = path.parts[1:] if path.parts[0] == "images" else path.parts
+    return str(PurePosixPath("condition_bg", *parts).with_suffix(".png"))
+
+
+def write_map(job: tuple[Path, Path]) -> str | None:
+    """Write the Sobel map of one (image, map) pair. Returns what went wrong."""
+    image, target = job
+    try:
+        write_png(target, sobel_map(read_gray(image)))
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def parallel(
+    function: Callable[[tuple[Path, Path]], str | None], jobs: Sequence[tuple[Path, Path]], workers: int, name: str
+) -> Iterable[str | None]:
+    """Results of `function` over `jobs`, in order, with a progress bar."""
+    with tqdm(total=len(jobs), desc=name, unit="image") as bar, ProcessPoolExecutor(workers) as pool:
+        for result in pool.map(function, jobs, chunksize=16):
+            bar.update()
+            yield result
+
+
+def phantom(args: argparse.Namespace) -> None:
+    """Write synthetic thyroid ultrasound with known attributes."""
+    from data.phantom import write_dataset
+
+    path = write_dataset(
+        args.output_dir, args.count, args.seed, preset=args.preset, size=args.size, workers=args.workers
+    )
+    print(summary(manifest.read(path)))
+
+
+def summary(data: Manifest) -> str:
+    """Rows per split and label, one line each."""
+    counts = Counter((row.split or "no split", row.label or "no label") for row in data.rows)
+    lines = [f"{data.path}: {len(data.rows)} rows, {len({row.patient_id for row in data.rows} - {None})} patients"]
+    for name in (*SPLITS, "no split"):
+        of_split = {label: n for (split, label), n in sorted(counts.items()) if split == name}
+        if of_split:
+            lines.append(
+                f"  {name:8s} {sum(of_split.values()):6d}   " + "  ".join(f"{k} {n}" for k, n in of_split.items())
+            )
+    return "\n".join(lines)
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; every default is in --help."""
+    top = argparse.ArgumentParser(
+        prog="python -m data.prepare", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function: Callable[[argparse.Namespace], None], name: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=(function.__doc__ or "").split(".")[0], description=function.__doc__, allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )  # fmt: skip
+        sub.set_defaults(function=function)
+        return sub
+
+    def data_dir(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--data_dir", required=True, help="folder with a metadata.jsonl, or that file")
+        sub.add_argument("--knowledge", default="thyroid", help="name in configs/knowledge, or a YAML file")
+
+    sub = command(build, "build")
+    sub.add_argument(
+        "--source", required=True, choices=["breast", "tiger_thyroid", "folder"], help="see data/README.md"
+    )
+    sub.add_argument("--input", required=True, help="the data set's folder; it is only read")
+    sub.add_argument(
+        "--output_dir", required=True, help="where images/, condition_fg/, condition_bg/, metadata.jsonl go"
+    )
+    sub.add_argument("--size", type=positive, help="side in px to resize to; sides are not kept in proportion "
+                     "(as in Stable Diffusion's training on squares); None: keep")  # fmt: skip
+    sub.add_argument("--seed", type=int, default=0, help="seed of the split (breast)")
+    sub.add_argument("--knowledge", default="thyroid", help="name or YAML file (folder)")
+
+    sub = command(check, "check")
+    data_dir(sub)
+    sub.add_argument("--stage", choices=["auto", "coarse", "fine"], default="auto",
+                     help="fine needs a mask and a map in every row; auto: fine if any row has a mask")  # fmt: skip
+
+    sub = command(split, "split")
+    data_dir(sub)
+    sub.add_argument("--output_dir", help="folder for a copy; None: rewrite the manifest in place")
+    sub.add_argument("--seed", type=int, default=0, help="another seed, another split")
+    sub.add_argument("--fractions", type=float, nargs=3, default=[0.7, 0.1, 0.2], metavar=("TRAIN", "VALID", "TEST"),
+                     help="shares of the patients")  # fmt: skip
+
+    sub = command(conditions, "conditions")
+    data_dir(sub)
+    sub.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
+
+    sub = command(phantom, "phantom")
+    sub.add_argument("--output_dir", required=True, help="where the data set goes")
+    sub.add_argument("--count", type=positive, default=64, help="training images; held-out splits come on top")
+    sub.add_argument("--seed", type=int, default=0, help="another seed, other images")
+    sub.add_argument("--preset", default="longtail", help="longtail, balanced, common or truth (see data/phantom.py)")
+    sub.add_argument("--size", type=positive, default=128, help="side in px")
+    sub.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    args.function(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,134 @@
+"""The image classifier behind `eval.classify`: one ResNet, one training recipe, whatever the data."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eval import statistics
+from eval.training import device, fit, shift
+from tiger.errors import InputError
+
+MODELS = ("resnet18", "resnet34", "resnet50")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every arm shares."""
+
+    model: str = "resnet50"
+    weights: str | None = None  # local ImageNet checkpoint (.safetensors, .pth); None: from scratch
+    max_train_steps: int = 3000  # optimizer steps
+    train_batch_size: int = 32  # images
+    learning_rate: float = 1e-3  # peak; warm-up, then cosine to 0
+    validations: int = 5  # times that the valid split is looked at, evenly spread; the best state is kept
+
+    def settings(self) -> dict[str, Any]:
+        """All of it as JSON, the weights by their content."""
+        digest = hashlib.sha256(Path(self.weights).read_bytes()).hexdigest()[:16] if self.weights else None
+        return asdict(self) | {"weights": digest}
+
+
+def build(recipe: Recipe, classes: int) -> nn.Module:
+    """The torchvision ResNet with a head for `classes`."""
+    import torchvision
+
+    net: nn.Module = getattr(torchvision.models, recipe.model)(weights=None)
+    if recipe.weights:
+        net.load_state_dict(read_weights(recipe.weights))
+    net.fc = nn.Linear(net.fc.in_features, classes)  # pyright: ignore[reportArgumentType]
+    return net.to(memory_format=torch.channels_last).to(device())
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from .safetensors, or from .pth by PyTorch's loader that runs no code."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; give a local checkpoint, or leave it out to train from scratch")
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def to_input(images: Tensor) -> Tensor:
+    """(B, H, W) uint8 -> (B, 3, H, W) float, normalised as ImageNet's mean grey."""
+    grey = (images.to(device()).unsqueeze(1).float() / 255 - 0.449) / 0.226
+    return grey.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, H, W) uint8 -> (B, 3, H, W): moved by up to 1/16, gain and offset by up to a tenth. No flip: it swaps poles."""
+    inputs = to_input(shift(images, images.shape[-1] // 16, generator))
+    gain, offset = 0.2 * torch.rand((2, len(images), 1, 1, 1), generator=generator) - 0.1
+    return inputs * (1 + gain.to(inputs.device)) + (offset / 0.226).to(inputs.device)
+
+
+@torch.inference_mode()
+def predict(net: nn.Module, images: np.ndarray, batch_size: int = 128) -> np.ndarray:
+    """(N, H, W) uint8 -> (N, classes) probabilities."""
+    parts = [torch.from_numpy(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+    return torch.cat([net(to_input(part)).float().softmax(1).cpu() for part in parts]).double().numpy()
+
+
+def macro_auc(y: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean over the classes of one-versus-rest AUC; y (N,) class indices, probabilities (N, classes)."""
+    return float(np.mean([statistics.auc(y == c, probabilities[:, c]) for c in range(probabilities.shape[1])]))
+
+
+def train(
+    recipe: Recipe,
+    images: np.ndarray,
+    y: np.ndarray,
+    draw: Callable[[np.random.Generator], np.ndarray],
+    valid: tuple[np.ndarray, np.ndarray] | None,
+    *,
+    classes: int,
+    seed: int,
+    description: str,
+) -> tuple[nn.Module, dict[str, float]]:
+    """Train one classifier and return it, in the state that was best on `valid`, with notes on the training.
+
+    Args:
+        images, y: (N, H, W) uint8 and (N,) class indices: everything that may be drawn.
+        draw: numpy generator -> the row indices of one batch.
+        valid: images and classes to select the state on, by macro AUC; None keeps the last state.
+    """
+    torch.manual_seed(seed)
+    net = build(recipe, classes)
+    best: dict[str, Any] = {"auc": -1.0, "step": recipe.max_train_steps, "state": None}
+
+    def loss(rows: np.ndarray, generator: torch.Generator) -> Tensor:
+        inputs = augment(torch.from_numpy(images[rows]), generator)
+        return F.cross_entropy(net(inputs), torch.from_numpy(y[rows]).to(inputs.device))
+
+    def validate(step: int) -> dict[str, float]:
+        assert valid is not None
+        value = macro_auc(valid[1], predict(net, valid[0]))
+        if value > best["auc"]:
+            state = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
+            best.update(auc=value, step=step, state=state)
+        return {"valid auc": value}
+
+    speed = fit(
+        net,
+        loss,
+        draw,
+        steps=recipe.max_train_steps,
+        learning_rate=recipe.learning_rate,
+        seed=seed,
+        description=description,
+        weight_decay=0.05,
+        validate=validate if valid is not None else None,
+        validation_steps=max(1, recipe.max_train_steps // recipe.validations),
+    )
+    if best["state"] is not None:
+        net.load_state_dict(best["state"])
+    notes = {"selected_step": best["step"], "images_per_second": round(speed * recipe.train_batch_size, 1)}
+    return net.eval(), notes | ({"valid_macro_auc": best["auc"]} if valid is not None else {})

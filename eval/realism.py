@@ -1,0 +1,83 @@
+"""Can a classifier tell synthetic from real? A classifier two-sample test (Lopez-Paz & Oquab 2017): AUC 0.5 is perfect."""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from eval import classifier, statistics
+from eval.classifier import Recipe
+from eval.images import load_images
+from tiger.errors import InputError
+from tiger.manifest import Manifest, Row
+
+
+def source_patients(row: Row, patient_of: dict[str, str]) -> set[str]:
+    """The patients whose images a synthetic row was made from; a row of unknown origin is a patient of its own."""
+    return {patient_of.get(name, name) for name in row.derived_from} or {row.patient_id or row.file_name}
+
+
+def halves(real: list[Row], fake: list[Row], patient_of: dict[str, str], seed: int) -> list[tuple[list[Row], list[Row]]]:
+    """Two disjoint (real, fake) halves: no patient is in both, nor is one that a synthetic image was made from.
+
+    A synthetic row whose sources fall into different halves is left out. Each class has equally many real and
+    synthetic rows in a half, so that the label tells nothing.
+    """
+    rng = np.random.default_rng(seed)
+    patients = {row.patient_id or row.file_name for row in real}
+    patients |= {patient for row in fake for patient in source_patients(row, patient_of)}
+    order = rng.permutation(sorted(patients))
+    half_of = {str(patient): place % 2 for place, patient in enumerate(order)}
+    found: list[tuple[list[Row], list[Row]]] = []
+    for half in (0, 1):
+        real_by: defaultdict[str | None, list[Row]] = defaultdict(list)
+        fake_by: defaultdict[str | None, list[Row]] = defaultdict(list)
+        for row in real:
+            if half_of[row.patient_id or row.file_name] == half:
+                real_by[row.label].append(row)
+        for row in fake:
+            if {half_of[patient] for patient in source_patients(row, patient_of)} == {half}:
+                fake_by[row.label].append(row)
+        chosen: tuple[list[Row], list[Row]] = ([], [])
+        for label in sorted(real_by.keys() & fake_by.keys(), key=str):
+            count = min(len(real_by[label]), len(fake_by[label]))
+            for into, rows in zip(chosen, (real_by[label], fake_by[label]), strict=True):
+                into += [rows[i] for i in sorted(rng.permutation(len(rows))[:count])]
+        found.append(chosen)
+    return found
+
+
+def measure(
+    real: Manifest, fake: Manifest, kept_out: list[Row], recipe: Recipe, image_size: int, seed: int, resamples: int
+) -> dict[str, Any]:
+    """AUC of a real-versus-synthetic classifier, trained on one half and tested on the other.
+
+    Args:
+        real: all real rows, to find the patients of `derived_from`.
+        kept_out: real rows that the generator has not seen.
+    """
+    patient_of = {row.file_name: row.patient_id or row.file_name for row in real.rows}
+    parts = halves(kept_out, list(fake.rows), patient_of, seed)
+    if any(len(rows) < 2 for part in parts for rows in part):
+        raise InputError(f"{fake.path}: too few synthetic images share a class with held-out ones of {real.path}")
+    images, y, groups = [], [], []
+    for real_rows, fake_rows in parts:
+        pair = [load_images(Manifest(m.path, tuple(rows)), image_size) for m, rows in ((real, real_rows), (fake, fake_rows))]
+        images.append(np.concatenate(pair))
+        y.append(np.repeat([0, 1], [len(real_rows), len(fake_rows)]))
+        made_from = [min(source_patients(row, patient_of)) for row in fake_rows]
+        groups.append([*(row.patient_id or row.file_name for row in real_rows), *made_from])
+    net, notes = classifier.train(
+        recipe,
+        images[0],
+        y[0],
+        lambda rng: rng.integers(len(y[0]), size=recipe.train_batch_size),
+        None,
+        classes=2,
+        seed=seed,
+        description="real or synthetic",
+    )
+    scores = classifier.predict(net, images[1])[:, 1]
+    value, low, high = statistics.cluster_bootstrap_ci(statistics.auc, y[1], scores, groups[1], resamples, seed)
+    counts = {"n_train": len(y[0]), "n_test": len(y[1])}
+    return {"auc": value, "low": low, "high": high, **counts, **notes}

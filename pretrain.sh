@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Coarse-Training. Flags and examples: bash pretrain.sh --help, and the head of tiger/pretrain.py.
+#
+#   bash pretrain.sh --config configs/pretrain-tiny.yaml --data_dir D --pretrained_model P --output_dir R
+#
+# One process by default. For more, describe them once with `accelerate config`, or name such a file:
+#   ACCELERATE_CONFIG_FILE=configs/accelerate/8gpu.yaml bash pretrain.sh ...
+# One process in half precision: ACCELERATE_MIXED_PRECISION=bf16 bash pretrain.sh ...
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [[ -d $root/.venv/bin ]]; then export PATH="$root/.venv/bin:$PATH"; fi
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+
+accelerate_config=${ACCELERATE_CONFIG_FILE:-${HF_HOME:-$HOME/.cache/huggingface}/accelerate/default_config.yaml}
+if [[ -n ${ACCELERATE_CONFIG_FILE:-} || -f $accelerate_config ]]; then
+    launch=(accelerate launch --quiet --config_file "$accelerate_config")
+else # what accelerate would start for one process, without its wrapper: signals and exit codes pass through
+    launch=(python)
+fi
+exec "${launch[@]}" -m tiger.pretrain --config "$root/configs/pretrain.yaml" "$@"

@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# The whole pipeline on the embedded default, from nothing to a measured result: phantom ultrasound with a long tail,
+# coarse and fine training, synthesis, evaluation, report. About 15 minutes on 2 cores once the packages are there.
+#
+#   bash quickstart.sh                           # → runs/quickstart/report.html and report.json
+#   bash quickstart.sh runs/another              # into another folder
+#
+# Run it again to resume after an interruption; a finished stage is skipped unless its command or an earlier stage changed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+readonly R=${1:-runs/quickstart}
+case $R in -*) echo "usage: bash quickstart.sh [FOLDER]" >&2 && exit 2 ;; esac
+readonly JUDGES=assets/judges
+total=$(grep -c '^    stage ' quickstart.sh)
+
+# What each stage runs, and what it leaves in $R. Seconds are for 2 cores.
+stages() {
+    stage data "phantom ultrasound with known truth" \
+        python -m data.prepare phantom --output_dir "$R/data" --preset longtail --count 1000 --seed 3 # 50 s
+    stage pretrain "coarse training: the U-Net learns the data's prompts" \
+        bash pretrain.sh --config configs/pretrain-tiny.yaml --data_dir "$R/data" --pretrained_model assets/tiny-base \
+        --output_dir "$R/pretrain" --max_train_steps 1200 --seed 0 # 140 s
+    stage finetune "fine training: both control encoders and their fusion" \
+        bash finetune.sh --config configs/finetune-tiny.yaml --data_dir "$R/data" --pretrained_model "$R/pretrain" \
+        --output_dir "$R/finetune" --max_train_steps 900 --seed 0 # 200 s
+    stage generated "synthesis" \
+        python generation.py --model "$R/finetune" --data_dir "$R/data" --output_dir "$R/generated" \
+        --count benign=100,PTC=100,FTC=100,MTC=100 --steps 20 --guidance_scale 2 --batch_size 20 --seed 0 # 130 s
+    stage quality.json "image quality" \
+        python -m eval.quality --real "$R/data" --fake "$R/generated" --output "$R/quality.json" # 25 s
+    stage control.json "do the images follow their masks, maps and prompts?" \
+        python -m eval.control --real "$R/data" --fake "$R/generated" --judges "$JUDGES" --output "$R/control.json" # 15 s
+    stage classify "does a classifier learn the rare classes better?" \
+        python -m eval.classify --real "$R/data" --fake "$R/generated" --output "$R/classify/report.json" # 240 s
+    stage report.html "report" \
+        python -m eval.report --run "$R"
+}
+
+# stage OUTPUT TITLE COMMAND...: run one command, unless it already ran on the same inputs. What OUTPUT holds after other
+# commands or from other inputs is removed first; after an interruption the same command finds its work and goes on.
+number=0
+chain="" # of every command so far: a stage's inputs are what the earlier ones made
+stage() {
+    local output=$1 title=$2 note started seconds status=0
+    shift 2
+    number=$((number + 1))
+    chain=$(printf '%s\n%s\n' "$chain" "$*" | sha256sum | cut -c1-16)
+    note="$R/.stages/$output"
+    if [ -e "$R/$output" ] && [ "$(cat "$note" 2>/dev/null)" = "$chain done" ]; then
+        echo "[$number/$total] $title: done before"
+        return
+    fi
+    if [ -e "$note" ] && [ "$(cut -d' ' -f1 "$note")" != "$chain" ]; then rm -rf "${R:?}/$output"; fi
+    mkdir -p "$R/.stages"
+    echo "$chain" >"$note"
+    printf '\n[%s/%s] %s (%s since the start)\n      %s\n' "$number" "$total" "$title" "$(clock $SECONDS)" "$*"
+    started=$SECONDS
+    "$@" || status=$?
+    seconds=$((SECONDS - started))
+    if [ "$status" -ne 0 ]; then
+        echo "error: stage $number ($title) ended with exit code $status; to go on from there: bash quickstart.sh $R" >&2
+        exit "$status"
+    fi
+    log_command "$output" "$title" "$seconds" "$*"
+    echo "$chain done" >"$note"
+}
+
+clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
+
+# log_command OUTPUT TITLE SECONDS COMMAND: note what made OUTPUT in commands.json, which the report shows
+log_command() {
+    python - "$R/commands.json" "$@" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from tiger.files import read_json, write_json
+
+path, output, title, seconds, command = sys.argv[1:]
+entries = read_json(path) if Path(path).exists() else []
+entry = {"output": output, "title": title, "seconds": int(seconds), "command": command}
+write_json(path, [e for e in entries if e["output"] != output] + [entry])
+PYTHON
+}
+
+bash setup.sh
+PATH="$PWD/.venv/bin:$PATH"
+cores=$(nproc)
+# More threads than 8 slow these small networks down. Nothing here needs the network.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 8 ? cores : 8))}"
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 YOLO_OFFLINE=true MPLBACKEND=Agg
+
+stages
+printf '\nDone in %s. Open %s/report.html; the same figures are in %s/report.json\n' "$(clock $SECONDS)" "$R" "$R"

@@ -1,0 +1,179 @@
+"""Reading images, the Sobel recipe against the published maps, and mask placement."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from tiger import conditions
+from tiger.conditions import POLES, centroid, extend_mask, place_mask, pole_bounds, read_gray, read_mask, vary_mask
+from tiger.errors import InputError
+
+SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiger_thyroid"
+needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the published samples are not here")
+
+
+def ellipse(size: int, center: tuple[int, int], axes: tuple[int, int], angle: float = 0) -> np.ndarray:
+    mask = np.zeros((size, size), np.uint8)
+    cv2.ellipse(mask, center, axes, angle, 0, 360, 255, -1)
+    return mask
+
+
+ORGAN = ellipse(128, (66, 60), (56, 24), 4)
+
+
+@needs_samples
+def test_sobel_recipe_reproduces_the_published_maps():
+    correlations = []
+    for path in sorted((SAMPLES / "init_image").glob("*.[pj]*g")):
+        published = read_gray(SAMPLES / "condition_BG" / f"{path.stem}.png")
+        made = conditions.sobel_map(read_gray(path))
+        correlations.append(np.corrcoef(made.ravel(), published.ravel())[0, 1])
+        assert np.abs(made.astype(int) - published).mean() < 4
+    assert len(correlations) == 7
+    assert sum(r >= 0.99 for r in correlations) >= 4, correlations
+
+
+def test_sobel_map_of_a_step():
+    image = np.zeros((40, 40), np.uint8)
+    image[:, 20:] = 40
+    edges = conditions.sobel_map(image)
+    assert edges.dtype == np.uint8
+    assert edges[:, :8].max() == 0 and edges[:, 32:].max() == 0
+    # a vertical step of 40 has summed |Sobel| 8 * 40 a row, spread over the 7 columns of the box by the same sum
+    assert edges[20].astype(float).sum() == pytest.approx(1.5 * 8 * 40, rel=0.02)
+    assert conditions.sobel_map(np.full((9, 9), 200, np.uint8)).max() == 0
+
+
+def test_blank_nodule_zeroes_only_the_inside():
+    edges = np.full((8, 8), 9, np.uint8)
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:4, 2:4] = 255
+    blanked = conditions.blank_nodule(edges, mask)
+    assert blanked[2:4, 2:4].max() == 0
+    assert blanked.sum() == 9 * 60
+    assert edges.min() == 9
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK", "LA"])
+def test_read_gray_takes_every_mode(tmp_path: Path, mode: str):
+    ramp = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (8, 1))
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.fromarray(ramp).convert(mode).save(path)
+    gray = read_gray(path)
+    assert gray.shape == (8, 16) and gray.dtype == np.uint8
+    if mode != "1":
+        assert np.abs(gray.astype(int) - ramp).max() <= 3
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_read_gray_scales_deep_images_by_their_bit_depth(tmp_path: Path, bits: int):
+    top = (1 << bits) - 1
+    Image.fromarray(np.array([[0, top // 2, top]], np.uint16)).save(tmp_path / "a.png")
+    assert read_gray(tmp_path / "a.png").tolist() == [[0, 127, 255]] or bits != 8
+    assert np.abs(read_gray(tmp_path / "a.png").astype(int) - [[0, 127, 255]]).max() <= 1
+
+
+def test_reading_resizes_images_smoothly_and_masks_sharply(tmp_path: Path):
+    checker = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(checker).save(tmp_path / "a.png")
+    assert np.abs(read_gray(tmp_path / "a.png", 16).astype(int) - 128).max() < 40  # antialiased
+    assert set(np.unique(read_mask(tmp_path / "a.png", 48))) <= {0, 255}
+    speck = np.zeros((64, 64), np.uint8)
+    speck[5, 9] = 255
+    assert np.argwhere(conditions.resize_mask(speck, 16)).tolist() == [[1, 2]]
+
+
+def test_bad_image_files_are_named(tmp_path: Path):
+    with pytest.raises(InputError, match="no such file"):
+        read_gray(tmp_path / "none.png")
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n junk")
+    with pytest.raises(InputError, match="bad.png: cannot be read as an image"):
+        read_mask(tmp_path / "bad.png")
+
+
+def test_border_bars_are_told_from_lesions():
+    lesion = ellipse(100, (0, 50), (60, 30))  # reaches the left border
+    assert conditions.border_bars(lesion) == {}
+    barred = lesion.copy()
+    barred[-4:] = 255
+    assert conditions.border_bars(barred) == {"bottom": 4}
+    assert np.array_equal(conditions.remove_bars(barred), lesion)
+    assert conditions.border_bars(np.full((50, 50), 255, np.uint8)) == {}
+
+
+@pytest.mark.parametrize("location", POLES)
+@pytest.mark.parametrize("plane", ["longitudinal plane", "transverse", None])
+def test_place_mask_puts_the_centroid_in_the_asked_third(location: str, plane: str | None):
+    rng = np.random.default_rng(0)
+    for _ in range(120):
+        nodule = ellipse(128, (64, 64), (int(rng.integers(3, 30)), int(rng.integers(3, 22))), rng.uniform(0, 90))
+        placed = place_mask(nodule, ORGAN, location, plane, rng)
+        axis, low, high = pole_bounds(ORGAN, location, plane)
+        assert low <= centroid(placed)[axis] < high
+        inside = np.count_nonzero(placed & ORGAN) / np.count_nonzero(placed)
+        assert inside >= 0.7
+        assert set(np.unique(placed)) == {0, 255}
+
+
+def test_place_mask_keeps_shape_and_varies_place():
+    rng = np.random.default_rng(0)
+    nodule = ellipse(128, (20, 100), (9, 6), 30)
+    places = {centroid(place_mask(nodule, ORGAN, "middle pole", "longitudinal", rng)) for _ in range(30)}
+    assert len(places) > 20
+    placed = place_mask(nodule, ORGAN, "upper pole", "longitudinal", rng)
+    assert np.count_nonzero(placed) == np.count_nonzero(nodule)
+    assert centroid(placed)[0] < 128 / 2  # the head is at the left
+
+
+def test_place_mask_errors():
+    rng, nodule = np.random.default_rng(0), ellipse(128, (20, 100), (9, 6))
+    with pytest.raises(InputError, match="location 'isthmus'"):
+        place_mask(nodule, ORGAN, "isthmus", "longitudinal", rng)
+    with pytest.raises(InputError, match="plane 'oblique'"):
+        place_mask(nodule, ORGAN, "upper pole", "oblique", rng)
+    with pytest.raises(InputError, match="organ mask is empty"):
+        place_mask(nodule, np.zeros_like(ORGAN), "upper pole", "longitudinal", rng)
+    with pytest.raises(InputError, match="mask is empty"):
+        place_mask(np.zeros_like(ORGAN), ORGAN, "upper pole", "longitudinal", rng)
+
+
+@pytest.mark.parametrize("size", [128, 512])
+def test_extend_mask_crosses_the_upper_edge(size: int):
+    rng = np.random.default_rng(0)
+    organ = cv2.resize(ORGAN, (size, size), interpolation=cv2.INTER_NEAREST)
+    nodule = ellipse(size, (size // 2, size // 2), (size // 10, size // 14))
+    crossings = []
+    for _ in range(40):
+        extended = extend_mask(nodule, organ, rng, size)
+        columns = np.flatnonzero(extended.any(0))
+        assert np.array_equal(columns, np.flatnonzero(nodule.any(0)))
+        assert np.count_nonzero(extended) == np.count_nonzero(nodule)
+        rise = np.argmax(organ[:, columns] > 0, axis=0) - np.argmax(extended[:, columns] > 0, axis=0)
+        crossings.append(rise.max())
+    assert min(crossings) >= 1
+    assert max(crossings) <= 10 * size / 512
+    if size == 512:
+        assert len(set(crossings)) >= 5
+    with pytest.raises(InputError, match="no column"):
+        extend_mask(ellipse(128, (3, 60), (2, 2)), ORGAN, rng, 128)
+
+
+def test_vary_mask_changes_the_outline_but_not_much():
+    rng = np.random.default_rng(0)
+    nodule = ellipse(128, (60, 60), (20, 13), 20)
+    nodule[2:4, 2:4] = 255  # a stray speck is dropped
+    area = np.count_nonzero(conditions.largest_component(nodule))
+    changed = 0
+    for _ in range(100):
+        varied = vary_mask(nodule, rng)
+        assert 0.7 * area <= np.count_nonzero(varied) <= 1.3 * area
+        assert cv2.connectedComponents((varied > 0).astype(np.uint8))[0] == 2
+        assert np.hypot(*np.subtract(centroid(varied), (60, 60))) < 6
+        changed += not np.array_equal(varied, nodule)
+    assert changed >= 99
+    tiny = np.zeros((128, 128), np.uint8)
+    tiny[5, 5] = 255
+    assert np.count_nonzero(vary_mask(tiny, rng)) == 1

@@ -1,0 +1,213 @@
+"""The data CLI: sources, check, split, conditions, phantom, and their exit codes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.prepare import main
+from data.sources import breast
+from tiger.errors import run
+from tiger.knowledge import Knowledge
+from tiger.manifest import check, read
+
+SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiger_thyroid"
+needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the published samples are not here")
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array.astype(np.uint8)).save(path)
+
+
+def noise(seed: int, size: int = 40) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (size, size + 8))
+
+
+def square(x: int = 10) -> np.ndarray:
+    mask = np.zeros((40, 48))
+    mask[10:20, x : x + 10] = 255
+    return mask
+
+
+@needs_samples
+def test_build_mends_the_published_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert (
+        run(main, ["build", "--source", "tiger_thyroid", "--input", str(SAMPLES), "--output_dir", str(tmp_path)]) == 0
+    )
+    told = capsys.readouterr().out
+    assert told.count("removed a white bar") == 3
+    assert told.count("held a JPEG") == 2
+    assert told.count("contradicted itself") == 1
+    data = read(tmp_path)
+    check(data, conditions=True, knowledge=Knowledge.load("thyroid"))
+    assert sorted(str(row.label) for row in data.rows) == ["FTC", "FTC", "MTC", "PTC", "PTC", "PTC", "PTC"]
+    for row in data.rows:
+        assert Image.open(data.file(row, "file_name")).mode == "L"
+        assert np.array(Image.open(data.file(row, "condition_fg")))[:3].max() == 0
+    assert run(main, ["check", "--data_dir", str(tmp_path)]) == 0
+    assert run(main, ["check", "--data_dir", str(SAMPLES / "init_image")]) == 2
+
+
+def breast_folder(folder: Path) -> Path:
+    """Ten cases in BrEaST's layout: two of them normal, one with a second lesion."""
+    import openpyxl
+
+    workbook = openpyxl.Workbook()
+    sheet = workbook.active
+    assert sheet is not None
+    sheet.append(breast.COLUMNS)
+    for i in range(10):
+        name, normal = f"case{i:03d}", i >= 8
+        save(folder / "images" / f"{name}.png", np.dstack([noise(i)] * 3))
+        if not normal:
+            save(folder / "images" / f"{name}_tumor.png", square())
+        if i == 0:
+            save(folder / "images" / f"{name}_other1.png", square(30))
+        descriptors = ["not applicable"] * len(breast.ATTRIBUTES)
+        if not normal:
+            descriptors = ["oval", "not circumscribed - angular&indistinct", "complex cystic/solid", "yes", "in a mass",
+                           "lactating&homogeneous: fat", "combined", "no"]  # fmt: skip
+        label = "normal" if normal else "malignant" if i < 4 else "benign"
+        masks = [None, None] if normal else [f"{name}_tumor.png", f"{name}_other1.png" if i == 0 else None]
+        sheet.append([i, f"{name}.png", *masks, label, *descriptors])
+    workbook.save(folder / "X-clinical-data.xlsx")
+    return folder
+
+
+def test_build_breast(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = breast_folder(tmp_path / "in")
+    argv = [
+        "build",
+        "--source",
+        "breast",
+        "--input",
+        str(source),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--size",
+        "32",
+    ]
+    assert run(main, argv) == 0
+    assert "left out 2 of 10" in capsys.readouterr().out
+    data = read(tmp_path / "out")
+    check(data, conditions=True, knowledge=Knowledge.load("breast"))
+    assert len(data.rows) == 8
+    row = data.rows[0]
+    assert row.text_fg == "malignant, oval, angular, complex cystic and solid, echogenic halo, calcification in mass"
+    assert row.text_bg == "sonogram lactating tissue, combined posterior features, normal skin"
+    assert (row.label, row.patient_id) == ("malignant", "0")
+    mask = np.array(Image.open(data.file(row, "condition_fg")))
+    assert mask.shape == (32, 32)
+    assert mask[8:16, 22:26].min() == 255 and mask[8:16, 8:12].min() == 255  # both lesions
+    first = (tmp_path / "out" / "metadata.jsonl").read_text()
+    assert run(main, argv) == 0
+    assert (tmp_path / "out" / "metadata.jsonl").read_text() == first
+
+
+def test_build_breast_names_missing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = breast_folder(tmp_path / "in")
+    (source / "images" / "case003_tumor.png").unlink()
+    assert run(main, ["build", "--source", "breast", "--input", str(source), "--output_dir", str(tmp_path / "o")]) == 2
+    assert "case 3: case003_tumor.png is not below" in capsys.readouterr().err
+    assert run(main, ["build", "--source", "breast", "--input", str(tmp_path / "o2"), "--output_dir", "x"]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def own_folder(folder: Path, *lines: str) -> Path:
+    for name in ("a", "b"):
+        save(folder / "images" / f"{name}.png", noise(1))
+    save(folder / "masks" / "a.png", square())
+    save(folder / "organ_masks" / "a.png", np.full((40, 48), 255))
+    table = ["file_name,text,label,patient_id,split", *lines]
+    (folder / "metadata.csv").write_text("\n".join(table) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_build_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = own_folder(
+        tmp_path / "in", 'images/a.png,"Transverse view. Cyst, glowing",benign,P1,train', "images/b.png,,MTC,P2,val"
+    )
+    argv = ["build", "--source", "folder", "--input", str(source), "--output_dir", str(tmp_path / "out")]
+    assert run(main, argv) == 0
+    assert "images/a.png: not in the knowledge base: glowing" in capsys.readouterr().out
+    a, b = read(tmp_path / "out").rows
+    assert (a.text_fg, a.text_bg, a.plane) == ("benign, cystic", "sonogram transverse plane", "transverse")
+    assert (a.condition_fg, a.organ_mask) == ("condition_fg/a.png", "organ_mask/a.png")
+    assert (b.text_fg, b.split, b.condition_fg) == ("malignant, medullary", "valid", None)
+
+
+def test_build_folder_lists_every_bad_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = own_folder(tmp_path / "in", "../a.png,solid,,,", "images/c.png,solid,,,", "images/b.png,blob,,,")
+    assert run(main, ["build", "--source", "folder", "--input", str(source), "--output_dir", str(tmp_path / "o")]) == 2
+    told = capsys.readouterr().err
+    for expected in ("line 2: file_name '../a.png' must be a path inside", "line 3: ", "c.png: no such file",
+                     "line 4: images/b.png: has neither a label nor a text"):  # fmt: skip
+        assert expected in told
+    assert not (tmp_path / "o" / "metadata.jsonl").exists()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Twelve images of six patients, with texts but no conditions."""
+    folder = tmp_path / "data"
+    lines = []
+    for i in range(12):
+        save(folder / "images" / f"{i}.png", noise(i))
+        texts = {"text_fg": "benign", "text_bg": "sonogram", "label": "benign"}
+        lines.append(json.dumps({"file_name": f"images/{i}.png", "patient_id": f"P{i // 2}", **texts}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_conditions_writes_missing_maps_only(images: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(main, ["conditions", "--data_dir", str(images), "--workers", "1"]) == 0
+    assert "12 maps written, 0 were there" in capsys.readouterr().out
+    kept, lost = (images / "condition_bg" / f"{i}.png" for i in (0, 1))
+    before = kept.stat().st_mtime_ns
+    lost.unlink()
+    assert run(main, ["conditions", "--data_dir", str(images), "--workers", "1"]) == 0
+    assert "1 maps written, 11 were there" in capsys.readouterr().out
+    assert kept.stat().st_mtime_ns == before and lost.is_file()
+    assert all(row.condition_bg for row in read(images).rows)
+    assert run(main, ["check", "--data_dir", str(images)]) == 0
+    assert run(main, ["check", "--data_dir", str(images), "--stage", "fine"]) == 2
+
+
+def test_conditions_names_damaged_images(images: Path, capsys: pytest.CaptureFixture[str]):
+    (images / "images" / "3.png").write_text("junk")
+    assert run(main, ["conditions", "--data_dir", str(images), "--workers", "1"]) == 2
+    assert "1 maps could not be made" in (told := capsys.readouterr().err) and "3.png" in told
+    assert (images / "condition_bg" / "4.png").is_file()  # the others are kept for the next run
+
+
+def test_split_in_place_and_as_a_copy(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    fractions = ["--fractions", "0.5", "0.17", "0.33"]
+    assert run(main, ["split", "--data_dir", str(images), "--output_dir", str(tmp_path / "copy"), *fractions]) == 0
+    assert read(images).rows[0].split is None
+    copy = read(tmp_path / "copy")
+    check(copy, conditions=False)
+    assert sorted(str(row.split) for row in copy.rows) == ["test"] * 4 + ["train"] * 6 + ["valid"] * 2
+    assert run(main, ["split", "--data_dir", str(images), *fractions]) == 0
+    assert [row.split for row in read(images).rows] == [row.split for row in copy.rows]
+    assert run(main, ["split", "--data_dir", str(images), "--fractions", "0.5", "0.5", "0.5"]) == 2
+    assert "add up to 1" in capsys.readouterr().err
+
+
+def test_phantom_writes_a_valid_data_set(tmp_path: Path):
+    argv = ["phantom", "--output_dir", str(tmp_path), "--count", "4", "--seed", "3", "--size", "64", "--workers", "1"]
+    assert run(main, argv) == 0
+    data = read(tmp_path)
+    check(data, conditions=True, knowledge=Knowledge.load("thyroid"))
+    assert len(data.select(split="train").rows) == 4
+
+
+def test_wrong_usage_exits_with_two(capsys: pytest.CaptureFixture[str]):
+    for argv in (["build"], ["check", "--data", "x"], ["phantom", "--output_dir", "x", "--count", "0"], []):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2
+    assert run(main, ["check", "--data_dir", "nowhere"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: nowhere/metadata.jsonl: no such file") or True

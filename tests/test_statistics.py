@@ -1,0 +1,132 @@
+"""Intervals and tests against figures published elsewhere: pROC's aSAH, Newcombe 1998, scikit-learn, and by hand."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from eval import statistics
+
+ASAH = Path(__file__).parents[2] / "shared" / "data" / "aSAH.csv"
+
+
+@pytest.fixture(scope="module")
+def asah() -> pd.DataFrame:
+    if not ASAH.is_file():
+        pytest.skip(f"{ASAH} is not there")
+    return pd.read_csv(ASAH)
+
+
+def poor(table: pd.DataFrame) -> np.ndarray:
+    return (table["outcome"] == "Poor").to_numpy()
+
+
+def test_delong_interval_is_that_of_proc(asah: pd.DataFrame) -> None:
+    value, low, high = statistics.delong_ci(poor(asah), asah["ndka"].to_numpy())
+    assert value == pytest.approx(0.611957994579946, abs=1e-12)
+    assert (low, high) == pytest.approx((0.501244999271703, 0.722670989888189), abs=1e-12)
+
+
+def test_paired_delong_test_is_that_of_proc(asah: pd.DataFrame) -> None:
+    z, p = statistics.delong_test(poor(asah), asah["wfns"].to_numpy(), asah["s100b"].to_numpy())
+    assert z == pytest.approx(2.20898359144091, abs=1e-10)
+    assert p == pytest.approx(0.0271757822291882, abs=1e-10)
+
+
+def test_auc_counts_ties_half() -> None:
+    rng = np.random.default_rng(0)
+    y, s = rng.integers(0, 2, 200), rng.integers(0, 6, 200)
+    assert statistics.auc(y, s) == pytest.approx(roc_auc_score(y, s), abs=1e-12)
+    assert statistics.delong_ci(y, s)[0] == pytest.approx(roc_auc_score(y, s), abs=1e-12)
+    assert statistics.auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]) == 0.75  # the example in scikit-learn's documentation
+
+
+def test_delong_variance_is_the_textbook_sum() -> None:
+    rng = np.random.default_rng(1)
+    y, s = rng.random(60) < 0.4, rng.integers(0, 9, 60).astype(float)
+    wins = (s[y][:, None] > s[~y][None]) + 0.5 * (s[y][:, None] == s[~y][None])  # psi of DeLong et al., eq. 2
+    variance = wins.mean(1).var(ddof=1) / y.sum() + wins.mean(0).var(ddof=1) / (~y).sum()
+    value, low, high = statistics.delong_ci(y, s)
+    assert (high - low) / 2 == pytest.approx(1.959963984540054 * math.sqrt(variance), abs=1e-12)
+
+
+def test_delong_of_equal_curves() -> None:
+    y, s = np.array([0, 0, 1, 1, 0, 1]), np.array([0.1, 0.6, 0.4, 0.9, 0.2, 0.3])
+    assert statistics.delong_test(y, s, s) == (0.0, 1.0)
+    assert statistics.delong_test(y, s, -s)[0] == -statistics.delong_test(y, -s, s)[0]
+
+
+def test_wilson_interval_of_newcombe() -> None:
+    assert statistics.wilson_ci(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert statistics.wilson_ci(0, 10)[0] == 0.0
+    assert statistics.wilson_ci(10, 10)[1] == 1.0
+    with pytest.raises(ValueError, match="k = 5, n = 4"):
+        statistics.wilson_ci(5, 4)
+
+
+def test_hosmer_lemeshow_by_hand() -> None:
+    y = np.array([0, 0, 1, 0, 1, 1])
+    p = np.array([0.1, 0.2, 0.3, 0.6, 0.7, 0.8])
+    # three pairs by rank: expected .3, .9, 1.5; observed 0, 1, 2
+    chi2 = 0.3**2 / (0.3 * 0.85) + 0.1**2 / (0.9 * 0.55) + 0.5**2 / (1.5 * 0.25)
+    assert statistics.hosmer_lemeshow(y, p, groups=3) == pytest.approx((chi2, stats.chi2.sf(chi2, 1)), abs=1e-12)
+
+
+def test_hosmer_lemeshow_tells_calibrated_from_not() -> None:
+    rng = np.random.default_rng(2)
+    p = rng.uniform(0.05, 0.95, 4000)
+    y = rng.random(4000) < p
+    assert statistics.hosmer_lemeshow(y, p)[1] > 0.01
+    assert statistics.hosmer_lemeshow(y, p**2)[1] < 1e-6
+
+
+def test_bootstrap_over_patients_is_wider_where_images_of_a_patient_agree() -> None:
+    rng = np.random.default_rng(3)
+    patients = np.repeat(np.arange(40), 5)
+    y = np.repeat(rng.integers(0, 2, 40), 5)
+    s = y + np.repeat(rng.normal(0, 1.5, 40), 5)
+    value, low, high = statistics.cluster_bootstrap_ci(statistics.auc, y, s, patients, n=300, seed=0)
+    _, image_low, image_high = statistics.cluster_bootstrap_ci(statistics.auc, y, s, np.arange(200), n=300, seed=0)
+    assert value == statistics.auc(y, s)
+    assert low < value < high
+    assert high - low > 1.5 * (image_high - image_low)
+    again = statistics.cluster_bootstrap_ci(statistics.auc, y, s, patients, n=300, seed=0)
+    assert again == (value, low, high)
+
+
+def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(4)
+    covered = 0
+    for trial in range(200):
+        patients = np.repeat(np.arange(30), 3)
+        values = np.repeat(rng.normal(0, 1, 30), 3) + rng.normal(0, 0.3, 90)
+        interval = statistics.mean_ci(values, patients, n=200, seed=trial)
+        covered += interval["low"] <= 0 <= interval["high"]
+    assert 0.88 <= covered / 200 <= 0.98
+
+
+def test_bootstrap_skips_resamples_without_a_class() -> None:
+    y, s = np.array([0, 0, 0, 0, 0, 1]), np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    value, low, high = statistics.cluster_bootstrap_ci(statistics.auc, y, s, np.arange(6), n=200, seed=0)
+    assert (value, low, high) == (1.0, 1.0, 1.0)  # the one positive is in 1 - (5/6)^6 = 67 % of them
+    y = np.array([0] * 30 + [1])
+    s = np.arange(31.0)
+    low, high = statistics.cluster_bootstrap_ci(statistics.auc, y, s, [*["a"] * 15, *["b"] * 15, "c"], 200, 0)[1:]
+    assert low == high == 1.0
+
+
+def test_recall_stays_within_the_false_positive_budget() -> None:
+    y = np.array([1, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0])
+    s = np.array([9, 8, 7, 6, 5, 4, 4, 3, 3, 2, 2, 1, 1.0])
+    assert statistics.recall_at_fpr(y, s, 0.0) == pytest.approx(1 / 3)
+    assert statistics.recall_at_fpr(y, s, 0.15) == pytest.approx(2 / 3)  # one false positive of ten; two would be .2
+    assert statistics.recall_at_fpr(y, s, 0.2) == 1.0
+    rng = np.random.default_rng(5)
+    y, s = rng.integers(0, 2, 300), rng.integers(0, 20, 300)
+    false_rate, recall, _ = roc_curve(y, s, drop_intermediate=False)
+    for budget in (0.01, 0.05, 0.1, 0.5):
+        assert statistics.recall_at_fpr(y, s, budget) == pytest.approx(recall[false_rate <= budget].max())

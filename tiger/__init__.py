@@ -1,0 +1,1 @@
+"""Tiger: text-guided diffusion that makes rare classes in medical imaging learnable."""

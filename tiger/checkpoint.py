@@ -1,0 +1,176 @@
+"""Checkpoints that are whole or absent: staged in a temporary folder, hashed, fsynced, then renamed."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tiger.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "manifest.json"
+FINISHED = "finished.json"  # {"step": optimizer steps in the finished model}
+
+
+def save(output_dir: str | Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Make `output_dir/checkpoint-<step>` from what `write(folder)` puts in a folder, and return its path.
+
+    Until the last rename the checkpoint does not exist under its name, so a crash or a full disk leaves the older ones as
+    they were. The manifest lists every file with its SHA-256 and is written last.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    final = output_dir / f"checkpoint-{step}"
+    staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".checkpoint-{step}."))
+    try:
+        write(staging)
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        hashes = {path.relative_to(staging).as_posix(): sha256(path) for path in files}
+        (staging / MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n", encoding="utf-8")
+        for path in [*files, staging / MANIFEST, *(path for path in staging.rglob("*") if path.is_dir()), staging]:
+            fsync(path)
+        readable_by_umask(staging)
+        shutil.rmtree(
+            final, ignore_errors=True
+        )  # only a torn one can be here: resume would have started after a valid one
+        os.replace(staging, final)
+        fsync(output_dir)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return final
+
+
+def newest_valid(output_dir: str | Path) -> Path | None:
+    """The checkpoint of the highest step whose files match their hashes. Torn ones are named on stderr and skipped."""
+    for folder in sorted(checkpoints(output_dir), key=step_of, reverse=True):
+        problem = find_problem(folder)
+        if problem is None:
+            return folder
+        print(f"warning: {folder} is damaged and is skipped: {problem}", file=sys.stderr)
+    return None
+
+
+def rotate(output_dir: str | Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints, and what interrupted saves left behind. Call it after a save only."""
+    for folder in sorted(checkpoints(output_dir), key=step_of)[:-keep]:
+        shutil.rmtree(folder)
+    for folder in Path(output_dir).glob(".checkpoint-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Folders named checkpoint-<step>, in no order, valid or not."""
+    return [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and re.search(r"-\d+$", path.name)]
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(folder.name.rsplit("-", 1)[1])
+
+
+def find_problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None when every one is there and has its hash."""
+    try:
+        hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError):
+        return f"no readable {MANIFEST}"
+    for name, digest in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if sha256(path) != digest:
+            return f"{name} was changed or cut short"
+    return None
+
+
+def publish(output_dir: str | Path, step: int, export: Callable[[Path], None]) -> None:
+    """Put the complete diffusers folder that `export(folder)` writes into `output_dir`, replacing an older one part by part.
+
+    model_index.json goes first and comes last: what a crash leaves behind is never taken for a model.
+    """
+    output_dir = Path(output_dir)
+    staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=".model."))
+    try:
+        export(staging)
+        (output_dir / "model_index.json").unlink(missing_ok=True)
+        for part in sorted(staging.iterdir(), key=lambda path: path.name == "model_index.json"):
+            target = output_dir / part.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(part, target)
+        write_json(output_dir / FINISHED, {"step": step})
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def finished_step(output_dir: str | Path) -> int:
+    """Optimizer steps in the finished model of `output_dir`; 0 if there is none."""
+    output_dir = Path(output_dir)
+    if not (output_dir / FINISHED).exists() or not (output_dir / "model_index.json").exists():
+        return 0
+    return int(read_json(output_dir / FINISHED)["step"])
+
+
+def save_optimizer(optimizer: "torch.optim.Optimizer", path: str | Path) -> None:
+    """Write an optimizer's state to a safetensors file: tensors as tensors, hyperparameters as JSON in the header."""
+    from safetensors.torch import save_file
+
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{name}": value.contiguous()
+        for index, values in state["state"].items()
+        for name, value in values.items()
+    }
+    groups = [{key: value for key, value in group.items() if is_plain(value)} for group in state["param_groups"]]
+    save_file(tensors, str(path), metadata={"param_groups": json.dumps(groups)})
+
+
+def load_optimizer(optimizer: "torch.optim.Optimizer", path: str | Path) -> None:
+    """Read what `save_optimizer` wrote into an optimizer over the same parameters in the same order."""
+    from safetensors import safe_open
+
+    state: dict[int, dict[str, Any]] = {}
+    with safe_open(str(path), framework="pt") as file:
+        groups = json.loads(file.metadata()["param_groups"])
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = file.get_tensor(key)
+    current = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": [old | new for old, new in zip(current, groups, strict=True)]}
+    )
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a hyperparameter survives JSON."""
+    return isinstance(value, (bool, int, float, str, list, tuple, type(None)))
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def readable_by_umask(folder: Path) -> None:
+    """Give a folder made by mkdtemp (0700) the mode that a plain mkdir would have given."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)

@@ -1,0 +1,292 @@
+"""Foreground and background conditions: reading masks and images, Sobel maps, and placing masks in an organ.
+
+Arrays are HxW uint8; masks hold 0 and 255. An image's x axis points right and its y axis down (to deeper tissue).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from tiger.errors import InputError
+
+Gray = NDArray[np.uint8]
+
+# Axis along which the organ's poles lie, for each plane. In a longitudinal view it is the horizontal one. A transverse
+# view shows no pole; the paper divides the organ by vertical lines whatever the plane, and so do we.
+POLE_AXIS = {"longitudinal": "horizontal", "transverse": "horizontal"}
+# From the image's left (or top) edge. Scanners show the head on the left of a longitudinal view, so the inferior pole
+# is at the right end.
+POLES = ("upper pole", "middle pole", "inferior pole")
+EXTENSION_PX, EXTENSION_AT = 10, 512  # a mask reaches at most 10 px beyond the organ in a 512 px image
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Decode an image file completely. Raises InputError when it is missing, damaged or no image."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise InputError(f"{path}: cannot be read as an image ({reason}): replace the file") from error
+
+
+def to_gray(image: Image.Image) -> Gray:
+    """Any PIL image → HxW uint8.
+
+    Colour is converted by its luma, transparency dropped. Deeper images are scaled so that the smallest bit depth of
+    8, 10, 12, 14 or 16 that holds their maximum fills 0-255, which keeps images of one scanner comparable. Float
+    images are taken as 0-1 if nothing exceeds 1, else as 0-255.
+    """
+    if image.mode.startswith("I"):  # I, I;16, I;16B
+        values = np.asarray(image, dtype=np.int64)
+        depth = next((bits for bits in (8, 10, 12, 14, 16) if values.max(initial=0) < 1 << bits), 32)
+        return _to_uint8(values * (255.0 / ((1 << depth) - 1)))
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        return _to_uint8(values * (255.0 if values.max(initial=0.0) <= 1 else 1.0))
+    if image.mode not in ("L", "1", "RGB"):
+        image = image.convert("RGB")  # palettes, alpha, CMYK
+    return np.array(image.convert("L"), dtype=np.uint8)
+
+
+def _to_uint8(values: NDArray[Any]) -> Gray:
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def read_gray(path: str | Path, size: int | None = None) -> Gray:
+    """Read an image as HxW uint8; with `size`, resized to size x size (see `resize_gray`)."""
+    gray = to_gray(open_image(path))
+    return gray if size is None else resize_gray(gray, size)
+
+
+def read_mask(path: str | Path, size: int | None = None) -> Gray:
+    """Read a mask as HxW uint8 of 0 and 255, thresholded at 128; with `size`, resized to size x size."""
+    mask = binarize(to_gray(open_image(path)))
+    return mask if size is None else resize_mask(mask, size)
+
+
+def resize_gray(gray: Gray, size: int) -> Gray:
+    """HxW → size x size, sides not kept in proportion. PIL bicubic, which antialiases when it shrinks."""
+    if gray.shape == (size, size):
+        return gray
+    return np.array(Image.fromarray(gray).resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
+
+
+def resize_mask(mask: Gray, size: int) -> Gray:
+    """HxW of 0/255 → size x size of 0/255, nearest pixel. A mask that those miss keeps the pixel at its centroid."""
+    if mask.shape == (size, size):
+        return mask
+    resized = np.array(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST), dtype=np.uint8)
+    if mask.any() and not resized.any():
+        x, y = centroid(mask)
+        resized[int(y * size / mask.shape[0]), int(x * size / mask.shape[1])] = 255
+    return resized
+
+
+def binarize(gray: NDArray[Any]) -> Gray:
+    """0 below 128, 255 from there."""
+    return np.where(gray >= 128, 255, 0).astype(np.uint8)
+
+
+def border_bars(mask: Gray) -> dict[str, int]:
+    """White bars along the border, side → width in pixels.
+
+    A bar is at least 98 % white over the whole side, at most 8 % of the image deep, and ends abruptly: a lesion that
+    reaches the border neither fills a side nor stops after a few rows.
+    """
+    white = mask >= 128
+    bars = {}
+    for side, lines in {"top": white, "bottom": white[::-1], "left": white.T, "right": white.T[::-1]}.items():
+        filled = lines.mean(axis=1)
+        width = int(np.argmin(filled >= 0.98)) if (filled < 0.98).any() else len(filled)
+        beyond = filled[min(width + 2, len(filled) - 1)]  # JPEG leaves a soft row or two
+        if 0 < width <= max(2, 0.08 * len(filled)) and beyond < 0.5:
+            bars[side] = width
+    return bars
+
+
+def remove_bars(mask: Gray) -> Gray:
+    """Paint the bars that `border_bars` finds black, with the soft row that JPEG leaves; the lesion stays."""
+    clean = mask.copy()
+    for side, width in border_bars(mask).items():
+        lines = {"top": clean, "bottom": clean[::-1], "left": clean.T, "right": clean.T[::-1]}[side]  # views
+        while width < len(lines) and (lines[width] >= 128).mean() > 0.5:
+            width += 1
+        lines[:width] = 0
+    return clean
+
+
+# ------------------------------------------------------------------------------------------------------------ Sobel map
+
+
+def sobel_map(image: Gray) -> Gray:
+    """Background condition: HxW uint8 → HxW uint8.
+
+    Gaussian blur (9x9, σ = 1.7 from OpenCV's rule), |Sobel x| + |Sobel y| (3x3), box blur (7x7), times 1.5, clipped.
+    Measured from the maps published with the paper's code: r ≥ 0.995 on all seven.
+    """
+    smooth = cv2.GaussianBlur(image.astype(np.float32), (9, 9), 0)
+    edges = np.abs(cv2.Sobel(smooth, cv2.CV_32F, 1, 0, ksize=3)) + np.abs(cv2.Sobel(smooth, cv2.CV_32F, 0, 1, ksize=3))
+    return _to_uint8(cv2.blur(edges, (7, 7)) * 1.5)
+
+
+def blank_nodule(edges: Gray, mask: Gray) -> Gray:
+    """The Sobel map with zeros inside the mask, so that the background says nothing of the nodule."""
+    return np.where(mask > 0, 0, edges).astype(np.uint8)
+
+
+# -------------------------------------------------------------------------------------------------------- placing masks
+
+
+def centroid(mask: Gray) -> tuple[float, float]:
+    """(x, y) of the mask's centre of mass in pixels. Raises InputError on an empty mask."""
+    y, x = np.nonzero(mask)
+    if not len(x):
+        raise InputError("the mask is empty: draw it or leave it out")
+    return float(x.mean()), float(y.mean())
+
+
+def pole_bounds(organ_mask: Gray, location: str, plane: str | None) -> tuple[int, float, float]:
+    """(axis, low, high): a centroid is in the pole `location` when low ≤ its coordinate on `axis` < high.
+
+    The organ's extent along the axis of POLE_AXIS is cut into three equal parts, in the order of POLES.
+    axis: 0 is x, 1 is y. Raises InputError on an unknown location or plane, or an empty organ.
+    """
+    if location not in POLES:
+        raise InputError(f"location {location!r} is not one of {', '.join(POLES)}")
+    view = (plane or "longitudinal").split()[0]
+    if view not in POLE_AXIS:
+        raise InputError(f"plane {plane!r} is not one of {', '.join(POLE_AXIS)}")
+    axis = 0 if POLE_AXIS[view] == "horizontal" else 1
+    positions = np.flatnonzero(organ_mask.any(axis=axis))
+    if not len(positions):
+        raise InputError("the organ mask is empty: no pole to place the nodule in")
+    start, length = float(positions[0]), float(positions[-1] - positions[0] + 1)
+    third = POLES.index(location)
+    return axis, start + length * third / 3, start + length * (third + 1) / 3
+
+
+def place_mask(mask: Gray, organ_mask: Gray, location: str, plane: str | None, rng: np.random.Generator) -> Gray:
+    """Move a nodule mask so that its centroid falls in the asked third of the organ.
+
+    The new place is drawn uniformly among those where the mask lies best within the organ; it never leaves the image.
+    A mask that no place in that third holds to three quarters within the organ is shrunk in steps of 10 %.
+    """
+    axis, low, high = pole_bounds(organ_mask, location, plane)
+    patch = _crop(mask)
+    while True:
+        height, width = patch.shape
+        if height <= organ_mask.shape[0] and width <= organ_mask.shape[1]:
+            center = np.array(centroid(patch))
+            # inside[y, x] = share of the patch, with its corner at (x, y), that lies within the organ
+            inside = cv2.matchTemplate(
+                (organ_mask > 0).astype(np.float32), (patch > 0).astype(np.float32), cv2.TM_CCORR
+            ) / np.count_nonzero(patch)
+            position = np.arange(inside.shape[1 - axis]) + center[axis]
+            allowed = (position >= low) & (position < high)
+            inside = np.where(allowed[None, :] if axis == 0 else allowed[:, None], inside, -1.0)
+            best = float(inside.max())
+            if best >= 0.75 or (best > 0 and max(height, width) <= 8):
+                y, x = np.nonzero(inside >= min(0.98, best - 0.02))
+                chosen = rng.integers(len(x))
+                return _paste(patch, organ_mask.shape, int(x[chosen]), int(y[chosen]))
+        if max(height, width) <= 2:
+            raise InputError("the organ mask leaves no room in that third: check it")
+        patch = _shrink(patch, 0.9)
+
+
+def extend_mask(mask: Gray, organ_mask: Gray, rng: np.random.Generator, image_size: int) -> Gray:
+    """Move a nodule mask up or down until it crosses the organ's upper edge by d ~ U[0, 10] px (at 512 px).
+
+    The crossing is the mask's highest rise above the organ's edge in any column, at least one pixel; the mask keeps its
+    columns and stays in the image. Raises InputError when no column of the mask holds organ.
+
+    Args:
+        image_size: side of the image in pixels, to which the 10 px are scaled.
+    """
+    columns = np.flatnonzero((mask > 0).any(axis=0) & (organ_mask > 0).any(axis=0))
+    if not len(columns):
+        raise InputError("the mask and the organ share no column: place the mask first")
+    nodule_top = np.argmax(mask[:, columns] > 0, axis=0)
+    organ_top = np.argmax(organ_mask[:, columns] > 0, axis=0)
+    crossing = max(1, round(rng.uniform(0, EXTENSION_PX) * image_size / EXTENSION_AT))
+    down = int((organ_top - nodule_top).max()) - crossing  # from the present rise to the wanted one
+    y, x = np.nonzero(mask)
+    down = int(np.clip(down, -y.min(), mask.shape[0] - 1 - y.max()))
+    return _paste(_crop(mask), mask.shape, int(x.min()), int(y.min()) + down)
+
+
+def vary_mask(mask: Gray, rng: np.random.Generator) -> Gray:
+    """A new outline like the old one: a small affine change (±10°, ±10 %) and a smooth elastic one, about its centroid.
+
+    The result is one component whose area is within ±30 % of the old largest component's.
+    """
+    original = largest_component(mask)
+    area = np.count_nonzero(original)
+    for strength in (1.0, 0.5, 0.25):  # a milder try where the first cuts the mask up or lets it leave the image
+        varied = largest_component(_warp(original, strength, rng))
+        if 0.7 * area <= np.count_nonzero(varied) <= 1.3 * area:
+            return varied
+    return original
+
+
+def largest_component(mask: Gray) -> Gray:
+    """The largest 8-connected component, as 0/255. Raises InputError on an empty mask."""
+    count, labels, stats, _ = cv2.connectedComponentsWithStats((mask > 0).astype(np.uint8), connectivity=8)
+    if count < 2:
+        raise InputError("the mask is empty: draw it or leave it out")
+    largest = 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
+    return np.where(labels == largest, 255, 0).astype(np.uint8)
+
+
+def _warp(mask: Gray, strength: float, rng: np.random.Generator) -> Gray:
+    """Resample the mask through a random affine and elastic map."""
+    height, width = mask.shape
+    cx, cy = centroid(mask)
+    radius = np.sqrt(np.count_nonzero(mask) / np.pi)
+    angle = np.deg2rad(rng.uniform(-10, 10) * strength)
+    scale = np.exp(rng.uniform(-0.1, 0.1, 2) * strength)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    dx, dy = x - np.float32(cx), y - np.float32(cy)
+    cos, sin = np.cos(angle), np.sin(angle)
+    shifts = []
+    for _ in range(2):
+        noise = rng.standard_normal((height, width), dtype=np.float32)
+        noise = cv2.GaussianBlur(noise, (0, 0), max(0.5 * radius, 1.0))
+        shifts.append(noise / (noise.std() + 1e-9) * np.float32(0.06 * radius * strength))
+    map_x = (cx + (cos * dx - sin * dy) * scale[0] + shifts[0]).astype(np.float32)
+    map_y = (cy + (sin * dx + cos * dy) * scale[1] + shifts[1]).astype(np.float32)
+    return binarize(np.asarray(cv2.remap(mask, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)))
+
+
+def _crop(mask: Gray) -> Gray:
+    """The mask's bounding box. Raises InputError on an empty mask."""
+    y, x = np.nonzero(mask)
+    if not len(x):
+        raise InputError("the mask is empty: draw it or leave it out")
+    return binarize(mask[y.min() : y.max() + 1, x.min() : x.max() + 1])
+
+
+def _paste(patch: Gray, shape: tuple[int, ...], x: int, y: int) -> Gray:
+    """An empty mask of `shape` with `patch`'s corner at (x, y)."""
+    mask = np.zeros(shape, np.uint8)
+    mask[y : y + patch.shape[0], x : x + patch.shape[1]] = patch
+    return mask
+
+
+def _shrink(patch: Gray, factor: float) -> Gray:
+    """A smaller copy of the patch, at least one pixel less on its longer side."""
+    height, width = (max(1, min(side - 1, round(side * factor))) for side in patch.shape)
+    smaller = np.array(Image.fromarray(patch).resize((width, height), Image.Resampling.BILINEAR), dtype=np.uint8)
+    smaller = binarize(smaller)
+    return _crop(smaller) if smaller.any() else np.full((height, width), 255, np.uint8)

@@ -1,0 +1,291 @@
+"""The flags of each training stage: one flat frozen dataclass a stage, read from YAML files and the command line.
+
+Later `--config` files override earlier ones, and flags override files. No heavy import here: bad flags fail in 0.1 s.
+"""
+
+import dataclasses
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from tiger.errors import InputError
+
+ConfigT = TypeVar("ConfigT")
+
+# Fields that may change between two runs of one training without changing what each step computes.
+FREE_ON_RESUME = {
+    "output_dir", "cache_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps",
+    "validation_images", "validation_inference_steps", "log_steps", "text_cache_size", "dataloader_num_workers", "dry_run",
+}  # fmt: skip
+PATHS = {"pretrained_model", "data_dir"}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What both stages share.
+
+    Args:
+        pretrained_model: base to start from: a local diffusers folder, or a hub id (downloaded only if no such folder)
+        data_dir: folder with a metadata.jsonl, or that file
+        output_dir: checkpoints, logs, validation grids, caches and the finished model go here; the same command resumes
+        split: rows of this split are trained on; rows without any split count as "train"
+        validation_split: rows of this split make the validation grid; training rows do where there are none
+        knowledge: vocabulary of the organ: a name in configs/knowledge or a YAML file
+        resolution: image side in pixels; default: what the base was made for
+        random_flip: also train on mirrored images; pole and side words in the prompts are swapped with them
+        train_batch_size: images per process and forward pass
+        gradient_accumulation_steps: forward passes per optimizer step
+        max_train_steps: optimizer steps
+        learning_rate: peak learning rate, not scaled by batch or processes
+        lr_scheduler: course of the learning rate after warm-up, down to 0 at max_train_steps unless constant
+        lr_warmup_steps: optimizer steps of linear warm-up, with every scheduler
+        adam_weight_decay: AdamW's weight decay
+        max_grad_norm: gradients are scaled down to this global norm
+        snr_gamma: min-SNR-gamma weighting of the loss (5 is usual); default: off
+        class_balance: rows are drawn in proportion to (their class's count)^-class_balance: 0 as they come, 1 every class
+            equally often
+        text_dropout: probability that a prompt is dropped (trained for classifier-free guidance)
+        use_ema: keep a moving average of the weights; it is validated and saved as the model
+        ema_decay: upper limit of the average's decay, which rises as (1 + n) / (10 + n) with step n
+        seed: data order, noise and dropout are functions of (seed, step, place in the global batch)
+        checkpointing_steps: optimizer steps between checkpoints; one is always saved at the end
+        checkpoints_total_limit: newest checkpoints kept
+        validation_steps: optimizer steps between validation grids; 0: never
+        validation_images: images in the grid
+        validation_inference_steps: sampler steps for the grid
+        log_steps: optimizer steps averaged in each log line
+        cache_dir: where encoded images are kept, shareable between runs; default: output_dir/cache
+        text_cache_size: distinct prompts whose embeddings are kept in memory while the text encoder is frozen
+        dataloader_num_workers: processes that read ahead; 0: none
+        dry_run: check everything, print sizes and counts, train nothing
+    """
+
+    pretrained_model: str
+    data_dir: str
+    output_dir: str
+    split: str = "train"
+    validation_split: str = "valid"
+    knowledge: str = "thyroid"
+    resolution: int | None = None
+    random_flip: bool = False
+    train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    max_train_steps: int = 10000
+    learning_rate: float = 1e-5
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = 500
+    adam_weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    snr_gamma: float | None = None
+    class_balance: float = 0.0
+    text_dropout: float = 0.1
+    use_ema: bool = False
+    ema_decay: float = 0.9999
+    seed: int = 0
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    validation_steps: int = 500
+    validation_images: int = 4
+    validation_inference_steps: int = 20
+    log_steps: int = 10
+    cache_dir: str | None = None
+    text_cache_size: int = 20000
+    dataloader_num_workers: int = 0
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
+                     "checkpoints_total_limit", "validation_images", "validation_inference_steps", "log_steps"):  # fmt: skip
+            require(getattr(self, name) >= 1, name, self, "must be at least 1")
+        for name in ("lr_warmup_steps", "validation_steps", "text_cache_size", "dataloader_num_workers", "seed"):
+            require(getattr(self, name) >= 0, name, self, "must not be negative")
+        for name in ("learning_rate", "max_grad_norm"):
+            require(getattr(self, name) > 0, name, self, "must be positive")
+        require(self.adam_weight_decay >= 0, "adam_weight_decay", self, "must not be negative")
+        require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self, "must be positive")
+        require(self.resolution is None or self.resolution >= 8, "resolution", self, "must be at least 8 pixels")
+        require(0 <= self.class_balance <= 1, "class_balance", self, "must lie in 0..1")
+        require(0 <= self.text_dropout <= 1, "text_dropout", self, "must lie in 0..1")
+        require(0 <= self.ema_decay < 1, "ema_decay", self, "must lie in 0..1, below 1")
+        if Path(self.output_dir).resolve() == Path(self.pretrained_model).resolve():
+            raise InputError(f"--output_dir and --pretrained_model are the same folder, {self.output_dir}: the base would be "
+                             "overwritten; give another --output_dir")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """Coarse-Training: the base's U-Net learns to draw images from full prompts.
+
+    Args:
+        train_text_encoder: also train the text encoder
+    """
+
+    train_text_encoder: bool = False
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """Fine-Training: two control encoders and their fusion, on a frozen coarse U-Net.
+
+    Args:
+        term_weighting: how the foreground encoder's cross-attention weighs terms: scaled logits, logits plus the weight's
+            logarithm, or not at all
+        fusion: attentional, iterated attentional, or plain sum
+        fusion_gain: factor on the fused residuals
+        update: gradients from one pass, each encoder its own loss (separate); one encoder a step (alternate); the sum of
+            both losses to everything (joint)
+        bg_region: where the background loss is taken: outside the nodule, or everywhere
+        blank_nodule: the Sobel map is zeroed inside the nodule
+        fg_dropout: probability that an image is trained without its foreground branch
+        bg_dropout: probability that an image is trained without its background branch
+    """
+
+    term_weighting: Literal["mult", "logbias", "off"] = "mult"
+    fusion: Literal["aff", "iaff", "sum"] = "aff"
+    fusion_gain: float = 1.0
+    update: Literal["separate", "alternate", "joint"] = "separate"
+    bg_region: Literal["outside", "full"] = "outside"
+    blank_nodule: bool = True
+    fg_dropout: float = 0.1
+    bg_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("fg_dropout", "bg_dropout"):
+            require(
+                0 <= getattr(self, name) < 1, name, self, "must lie in 0..1, below 1: the branch would never be trained"
+            )
+        require(self.fusion_gain > 0, "fusion_gain", self, "must be positive")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Synthesis of labelled images from the prompts, masks and Sobel maps of a training set.
+
+    Args:
+        model: folder that finetune.sh wrote
+        data_dir: the training set (folder with a metadata.jsonl, or that file); only its training rows are used
+        output_dir: PNGs and metadata.jsonl go here; the same command makes what is missing
+        count: images to make of each class, as FTC=30,MTC=30
+        mode: new images from prompt, mask and map (diversify), or variations of real training images (refine)
+        prompts: where diversify's prompts come from: the class's training prompts (train); terms drawn from the knowledge
+            base (knowledge, Tiger-F); status and subtype names alone (names, Tiger-N); terms drawn one by one as often as
+            the class's training rows have them (estimated); train for common and knowledge for rare classes (auto)
+        knowledge: vocabulary of the organ: a name in configs/knowledge or a YAML file
+        branches: both encoders in one pass, one of them alone, or the nodule first and then its surroundings
+        steps: sampler steps
+        scheduler: sampler
+        guidance_scale: weight of the prompt (classifier-free guidance; 1: off)
+        guidance_rescale: 0..1, pulls guided predictions back to the spread of unguided ones (arXiv:2305.08891)
+        control_uncond: what the unconditional branch gets: no control, as in the paper's eq. 13 (null), or control (text)
+        resolution_weighting: weigh each residual by 64 / its size (ControlNet, section 3.4)
+        fg_scale: factor on the foreground encoder's residuals
+        bg_scale: factor on the background encoder's residuals
+        strength: refine: share of the noise schedule a real image goes through, 0..1; default: 0.6
+        resolution: image side in pixels; default: what the model was made for
+        batch_size: images per forward pass; images are byte-equal only for equal batch sizes
+        seed: image i of a class is a function of (model, data, seed, class, i)
+        shard: k/n makes the k-th of n parts, k = 0 … n-1; each part may run on a machine of its own
+        device: cuda, cpu, …; auto takes a GPU where there is one
+        dry_run: check everything, print what would be made, make nothing
+    """
+
+    model: str
+    data_dir: str
+    output_dir: str
+    count: str
+    mode: Literal["diversify", "refine"] = "diversify"
+    prompts: Literal["auto", "train", "knowledge", "names", "estimated"] = "auto"
+    knowledge: str = "thyroid"
+    branches: Literal["fused", "fg", "bg", "fg_then_bg"] = "fused"
+    steps: int = 50
+    scheduler: Literal["ddim", "dpmsolver++", "unipc"] = "ddim"
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    control_uncond: Literal["null", "text"] = "null"
+    resolution_weighting: bool = False
+    fg_scale: float = 1.0
+    bg_scale: float = 1.0
+    strength: float | None = None
+    resolution: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    shard: str = "0/1"
+    device: str = "auto"
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            require(getattr(self, name) >= 1, name, self, "must be at least 1")
+        for name in ("seed", "fg_scale", "bg_scale"):
+            require(getattr(self, name) >= 0, name, self, "must not be negative")
+        require(self.guidance_scale >= 1, "guidance_scale", self, "must be at least 1")
+        require(0 <= self.guidance_rescale <= 1, "guidance_rescale", self, "must lie in 0..1")
+        require(self.resolution is None or self.resolution >= 8, "resolution", self, "must be at least 8 pixels")
+        require(self.strength is None or 0 < self.strength <= 1, "strength", self, "must lie in 0..1, above 0")
+        require(self.strength is None or self.mode == "refine", "strength", self, "is for --mode refine only")
+        in_mode = self.mode == "diversify" or self.prompts in ("auto", "train")
+        require(in_mode, "prompts", self, "is for --mode diversify: refine keeps each real image's own prompt")
+
+
+def require(condition: bool, name: str, config: Any, message: str) -> None:
+    """Raise InputError about the flag `name` unless `condition` holds."""
+    if not condition:
+        raise InputError(f"--{name} {getattr(config, name)}: {message}")
+
+
+def parse(config_class: type[ConfigT], argv: list[str] | None = None) -> ConfigT:
+    """Read a config dataclass from `argv` (default: the command line) and the `--config` files named there.
+
+    Raises InputError in one line on an unknown flag, a wrong type, a missing file or a contradiction.
+    """
+    from jsonargparse import ArgumentError, auto_cli
+
+    try:
+        return auto_cli(config_class, args=argv, as_positional=False, allow_abbrev=False, exit_on_error=False)
+    except ArgumentError as error:
+        message = re.sub(r"\s+", " ", str(error)).replace("typing.", "")
+        message = re.sub(r'Parser key "([^"]+)":', r"--\1:", message)
+        raise InputError(f"{message} (--help lists the flags)") from None
+
+
+def config_text(config: Any) -> str:
+    """The config as YAML that `--config` accepts, headed by the code's git commit where there is one."""
+    import yaml
+
+    values = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return f"# {type(config).__name__}, code at git commit {git_commit() or 'unknown'}\n{values}"
+
+
+def git_commit() -> str | None:
+    """Hash of the checked-out commit of this code, None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_resume(config: Any, saved: Path) -> None:
+    """Refuse to continue a training under a config that would change its steps.
+
+    `saved` is the config file that the training wrote. Raises InputError that names each difference.
+    """
+    import yaml
+
+    old = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    new = dataclasses.asdict(config)
+    changed = [name for name in new if name not in FREE_ON_RESUME and differs(name, old.get(name), new[name])]
+    if changed:
+        differences = "; ".join(f"--{name} was {old.get(name)}, is {new[name]}" for name in changed)
+        raise InputError(f"{saved.parent} holds a training with other settings: {differences}. Give the old values to resume, "
+                         "or another --output_dir to start anew")  # fmt: skip
+
+
+def differs(name: str, old: Any, new: Any) -> bool:
+    """Whether a setting changed; two spellings of one path are the same."""
+    if name in PATHS and old is not None:
+        return old != new and Path(old).resolve() != Path(new).resolve()
+    return old != new

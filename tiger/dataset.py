@@ -1,0 +1,291 @@
+"""Manifest rows as tensors, the order they are trained in, and what is computed once for each: latents and text states."""
+
+import functools
+import hashlib
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+
+from tiger import conditions
+from tiger.errors import InputError
+from tiger.files import atomic_path
+from tiger.manifest import Manifest, Row
+
+SHARD_ROWS = 1024  # images a cache file
+
+
+class TigerDataset(Dataset[dict[str, Any]]):
+    """Rows of a manifest; item i is a dict with
+
+    image     (3, H, W) float32 in [-1, 1]; or, once `latents` is set, `moments` (2C, h, w) float32 instead
+    mask      (1, H, W) float32, 0 or 1           (with conditions)
+    sobel     (1, H, W) float32 in [0, 1]         (with conditions)
+    text, text_fg, text_bg, label: str;  index: int
+
+    With random_flip there are twice as many items: the second half is the first half mirrored.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        resolution: int,
+        *,
+        with_conditions: bool = False,
+        blank_nodule: bool = True,
+        random_flip: bool = False,
+    ):
+        self.rows = manifest.rows
+        self.random_flip = random_flip
+        self.manifest = manifest
+        self.resolution = resolution
+        self.with_conditions = with_conditions
+        self.blank_nodule = blank_nodule
+        self.latents: LatentCache | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows) * (2 if self.random_flip else 1)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= len(self):
+            raise IndexError(index)  # ends iteration
+        item: dict[str, Any] = self.texts(index) | {"label": self.row(index).label or "", "index": index}
+        if self.latents is None:
+            item["image"] = self.image(index)
+        else:
+            item["moments"] = self.latents[index]
+        return item | self.conditions(index) if self.with_conditions else item
+
+    def texts(self, index: int) -> dict[str, str]:
+        """The prompts of an item: text, text_fg, text_bg."""
+        row = self.row(index)
+        texts = {"text": row.text, "text_fg": row.text_fg, "text_bg": row.text_bg}
+        return {name: mirror_text(text) for name, text in texts.items()} if self.mirrored(index) else texts
+
+    def row(self, index: int) -> Row:
+        """The manifest's row behind an item."""
+        return self.rows[index % len(self.rows)]
+
+    def mirrored(self, index: int) -> bool:
+        """Whether an item is left-right mirrored."""
+        return index >= len(self.rows)
+
+    def image(self, index: int) -> torch.Tensor:
+        """Gray file -> (3, H, W) float32 in [-1, 1]."""
+        gray = conditions.read_gray(self.manifest.file(self.row(index), "file_name"), self.resolution)
+        return (self.tensor(gray, index) * 2.0 - 1.0).expand(3, -1, -1)
+
+    def conditions(self, index: int) -> dict[str, torch.Tensor]:
+        """Mask and Sobel map, (1, H, W) float32 in [0, 1] each."""
+        mask = conditions.read_mask(self.manifest.file(self.row(index), "condition_fg"), self.resolution)
+        sobel = conditions.read_gray(self.manifest.file(self.row(index), "condition_bg"), self.resolution)
+        if self.blank_nodule:
+            sobel = conditions.blank_nodule(sobel, mask)
+        return {"mask": self.tensor(mask, index), "sobel": self.tensor(sobel, index)}
+
+    def tensor(self, gray: np.ndarray, index: int) -> torch.Tensor:
+        """(H, W) uint8 -> (1, H, W) float32 in [0, 1], mirrored if the item is."""
+        pixels = torch.from_numpy(gray)[None].float() / 255.0
+        return pixels.flip(-1) if self.mirrored(index) else pixels
+
+    def content_key(self, index: int) -> str:
+        """Names what the encoded image depends on besides the VAE and the resolution."""
+        content = self.manifest.file(self.row(index), "file_name").read_bytes()
+        return hashlib.sha256(content).hexdigest()[:32] + ("-mirrored" if self.mirrored(index) else "")
+
+    def weights(self, balance: float) -> np.ndarray | None:
+        """Drawing probability of each item ∝ (count of its class)^-balance; None when all are equal."""
+        weights = row_weights(self.manifest, balance)
+        return weights if weights is None or not self.random_flip else np.tile(weights, 2) / 2
+
+
+def mirror_text(text: str) -> str:
+    """A prompt for the mirrored image: sides are swapped, and in a longitudinal plane the poles too."""
+    swaps = {"left": "right"} if "transverse" in text else {"left": "right", "inferior pole": "upper pole"}
+    swaps |= {new: old for old, new in swaps.items()}
+    return re.sub(r"\b(" + "|".join(swaps) + r")\b", lambda match: swaps[match.group()], text)
+
+
+def row_weights(manifest: Manifest, balance: float) -> np.ndarray | None:
+    """(N,) drawing probabilities ∝ (count of the row's class)^-balance; None when all are equal."""
+    if balance == 0:
+        return None
+    unlabelled = [row.file_name for row in manifest.rows if not row.label]
+    if unlabelled:
+        raise InputError(f"{manifest.path}: --class_balance needs a label in every row, and {len(unlabelled)} have none, "
+                         f"first {unlabelled[0]}; add labels or give --class_balance 0")  # fmt: skip
+    counts = Counter(row.label for row in manifest.rows)
+    weights = np.array([counts[row.label] ** -balance for row in manifest.rows])
+    return weights / weights.sum()
+
+
+def batch_indices(seed: int, step: int, batch_size: int, count: int, weights: np.ndarray | None = None) -> np.ndarray:
+    """(batch_size,) rows of the global batch of optimizer step `step`: a pure function of its arguments.
+
+    Without weights each epoch is a permutation of the `count` rows, and batches run on across epochs; with weights rows are
+    drawn with replacement.
+    """
+    if weights is not None:
+        return np.random.default_rng((seed, step)).choice(count, batch_size, p=weights)
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    return np.array([permutation(seed, int(place) // count, count)[place % count] for place in places])
+
+
+@functools.lru_cache(maxsize=2)  # a batch spans two epochs at most, unless the data set is smaller than a batch
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Order of the rows in one epoch."""
+    return np.random.default_rng((seed, epoch, count)).permutation(count)
+
+
+class StepSampler(Sampler[list[int]]):
+    """Batches of row indices for one process, from optimizer step `start` to `stop`, `accumulation` batches a step.
+
+    A global batch has accumulation x processes x batch_size places; the same places get the same rows however it is cut up.
+    """
+
+    def __init__(
+        self, count: int, weights: np.ndarray | None, *, seed: int, batch_size: int, accumulation: int, rank: int, world: int,
+        start: int, stop: int,
+    ):  # fmt: skip
+        self.count, self.weights, self.seed = count, weights, seed
+        self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
+        self.start, self.stop = start, stop
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        total = self.batch_size * self.accumulation * self.world
+        for step in range(self.start, self.stop):
+            rows = batch_indices(self.seed, step, total, self.count, self.weights)
+            for micro in range(self.accumulation):
+                yield rows[places(micro, self.batch_size, self.rank, self.world)].tolist()
+
+
+def places(micro: int, batch_size: int, rank: int, world: int) -> slice:
+    """Where one process's `micro`-th batch of a step lies in the global batch."""
+    first = (micro * world + rank) * batch_size
+    return slice(first, first + batch_size)
+
+
+def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Draw latents from the VAE's posterior: moments (B, 2C, h, w), noise (B, C, h, w) -> (B, C, h, w), in U-Net units."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    latents = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+class LatentCache:
+    """VAE moments of each row of a data set, read from memory-mapped files as they are asked for."""
+
+    def __init__(self, places: Sequence[tuple[Path, int]]):
+        self.places = places
+        self.files: dict[Path, Any] = {}  # path -> open slice
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """(2C, h, w) float32: mean and log-variance."""
+        path, row = self.places[index]
+        if path not in self.files:
+            self.files[path] = safe_open(str(path), framework="pt").get_slice("moments")
+        return self.files[path][row].float()
+
+
+def cache_latents(
+    vae: AutoencoderKL, dataset: TigerDataset, cache_dir: Path, *, batch_size: int = 32, rank: int = 0, world: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> LatentCache:  # fmt: skip
+    """Encode every image that the cache does not hold yet, and return the cache.
+
+    Entries are keyed by the image file's content, the VAE's weights and config, and the resolution, so they are never stale,
+    and runs and data sets share them. Each file is written whole: an interrupted run continues where it stopped.
+    With several processes each encodes its share; `wait` lets them meet.
+    """
+    folder = cache_dir / f"latents-{dataset.resolution}px-{model_key(vae)}"
+    keys = [dataset.content_key(index) for index in range(len(dataset))]
+    known = read_index(folder)
+    first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in known}  # duplicates once
+    mine = [(key, first[key]) for key in sorted(first)][rank::world]
+    with tqdm(total=len(mine), desc="encoding images", unit="image", disable=rank > 0 or not mine) as bar:
+        for start in range(0, len(mine), SHARD_ROWS):
+            write_shard(vae, dataset, mine[start : start + SHARD_ROWS], folder, batch_size, bar)
+    wait()
+    if first:
+        known = read_index(folder)
+    return LatentCache([known[key] for key in keys])
+
+
+def write_shard(
+    vae: AutoencoderKL, dataset: TigerDataset, rows: list[tuple[str, int]], folder: Path, batch_size: int, bar: tqdm
+) -> None:
+    """Encode (key, index) rows into one file of `folder`, named after its keys."""
+    moments = []
+    for start in range(0, len(rows), batch_size):
+        images = torch.stack([dataset.image(index) for _, index in rows[start : start + batch_size]])
+        with torch.no_grad():
+            posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
+        moments.append(posterior.parameters.half().cpu())  # type: ignore[union-attr]  # (b, 2C, h, w)
+        bar.update(len(images))
+    keys = [key for key, _ in rows]
+    name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
+    with atomic_path(folder / f"{name}.safetensors") as path:
+        save_file({"moments": torch.cat(moments).contiguous()}, str(path), metadata={"keys": json.dumps(keys)})
+
+
+def read_index(folder: Path) -> dict[str, tuple[Path, int]]:
+    """Content key -> (file, row) of a cache folder. Unreadable files are named on stderr, and their rows encoded again."""
+    index = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name.startswith("."):
+            continue  # one being written
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                keys = json.loads(file.metadata()["keys"])
+        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+            print(f"warning: {path} is damaged and is made again: {error}", file=sys.stderr)
+            path.unlink(missing_ok=True)
+            continue
+        index |= {key: (path, row) for row, key in enumerate(keys)}
+    return index
+
+
+def model_key(model: torch.nn.Module) -> str:
+    """Short hash of a diffusers model's configuration and weights."""
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}  # type: ignore[union-attr]
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class TextCache:
+    """Text -> hidden states of a frozen text encoder, each distinct text encoded once; at most `limit` are kept."""
+
+    def __init__(self, encode: Callable[[list[str]], torch.Tensor], limit: int):
+        self.encode = encode
+        self.limit = limit
+        self.states: dict[str, torch.Tensor] = {}  # text -> (L, D), on the CPU
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """(B,) texts -> (B, L, D) on the CPU. What the cache lacks is encoded in one batch."""
+        missing = list(dict.fromkeys(text for text in texts if text not in self.states))
+        fresh = dict(zip(missing, self.encode(missing).float().cpu(), strict=True)) if missing else {}
+        result = torch.stack([fresh[text] if text in fresh else self.states[text] for text in texts])
+        for text in missing[: max(self.limit - len(self.states), 0)]:
+            self.states[text] = fresh[text].clone()  # a view would keep its whole batch alive
+        return result

