@@ -16,6 +16,6 @@ accelerate_config=${ACCELERATE_CONFIG_FILE:-${HF_HOME:-$HOME/.cache/huggingface}
 if [[ -n ${ACCELERATE_CONFIG_FILE:-} || -f $accelerate_config ]]; then
     launch=(accelerate launch --quiet --config_file "$accelerate_config")
 else # what accelerate would start for one process, without its wrapper: signals and exit codes pass through
-    launch=(python)
+    launch=(python3)
 fi
 exec "${launch[@]}" -m tiger.pretrain --config "$root/configs/pretrain.yaml" "$@"

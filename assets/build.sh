@@ -26,5 +26,5 @@ bash pretrain.sh --config configs/pretrain-base.yaml --pretrained_model "$work/i
 $python -m tiger.base export --model "$work/pretrain" --figures "$work/init" --output_dir assets/tiny-base
 
 $python -m data.prepare phantom --output_dir "$work/judges" --count 6000 --seed 12 --preset truth
-$python -m eval.segment train --data_dir "$work/judges" --output_dir assets/judges/segmenter --max_train_steps 2000
-$python -m eval.attributes train --data_dir "$work/judges" --output_dir assets/judges/attributes --max_train_steps 4000
+$python -m eval.segment train --data_dir "$work/judges" --output_dir assets/judges/segmenter --max_train_steps 1500
+$python -m eval.attributes train --data_dir "$work/judges" --output_dir assets/judges/attributes --max_train_steps 2200

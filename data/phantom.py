@@ -328,7 +328,9 @@ def _paint_neck(n: int, lobe: NDArray[np.uint8], plane: str, side: float, rng: n
     tissue.blend(inside, THYROID + rng.uniform(-2, 2) + 1.4 * _smooth_noise(rng, n, n / 18, n / 20))
     tissue.loss *= 1 - inside
     tissue.specular *= 1 - inside
-    facing_probe = np.clip(np.abs(cv2.Sobel(distance, cv2.CV_32F, 0, 1, ksize=3)) / 8, 0, 1)  # specular reflectors face the probe
+    facing_probe = np.clip(
+        np.abs(cv2.Sobel(distance, cv2.CV_32F, 0, 1, ksize=3)) / 8, 0, 1
+    )  # specular reflectors face the probe
     _fascia(tissue, distance + 3.5 * (1 - facing_probe), 0.5, 1.3, rng)
     return tissue
 
@@ -340,7 +342,12 @@ def _paint_trachea(tissue: _Tissue, x: Array, y: Array, centre_x: float, rng: np
     lumen = _sigmoid((radius - r) * n / 2.5)
     front = np.clip((centre_y - y) / radius, 0, 1)
     tissue.blend(lumen, -44 + 8 * np.cos((radius - r) * 2 * np.pi / 0.035) * front)  # reverberation behind the wall
-    tissue.specular += 0.5 * front**1.5 * np.clip(0.8 + 0.4 * _smooth_noise(rng, n, n / 9, n / 9), 0, 1.3) * np.exp(-(((r - radius) * n / 1.5) ** 2))
+    tissue.specular += (
+        0.5
+        * front**1.5
+        * np.clip(0.8 + 0.4 * _smooth_noise(rng, n, n / 9, n / 9), 0, 1.3)
+        * np.exp(-(((r - radius) * n / 1.5) ** 2))
+    )
     tissue.loss += 0.9 * lumen * np.float32(192 / n)  # air: nothing but decaying echoes behind the front wall
 
 

@@ -8,6 +8,7 @@ python -m data.prepare conditions --data_dir mine
 """
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import sys
@@ -34,8 +35,8 @@ def build(args: argparse.Namespace) -> None:
     input_dir, output_dir = Path(args.input), Path(args.output_dir)
     if not input_dir.is_dir():
         raise InputError(f"--input {input_dir}: no such folder")
-    if output_dir.resolve() == input_dir.resolve():
-        raise InputError(f"--output_dir {output_dir}: is the input itself, which stays as it is: give another folder")
+    if output_dir.resolve().is_relative_to(input_dir.resolve()):
+        raise InputError(f"--output_dir {output_dir}: lies in the input, which stays as it is: give another folder")
     if args.source == "breast":
         knowledge = Knowledge.load("breast")
         rows = breast.build(input_dir, output_dir, args.size, args.seed)
@@ -63,7 +64,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def split(args: argparse.Namespace) -> None:
-    """Assign splits by patient, alike in labels, in place or in a copy whose files are linked or copied."""
+    """Assign splits by patient, alike in labels, in place or in a copy of the data set."""
     data = manifest.read(args.data_dir, Knowledge.load(args.knowledge))
     total = sum(args.fractions)
     if abs(total - 1) > 1e-6 or min(args.fractions) < 0:
@@ -81,19 +82,15 @@ def split(args: argparse.Namespace) -> None:
 
 
 def copy_files(data: Manifest, output_dir: Path) -> None:
-    """Give the manifest's files a second name in `output_dir`, or a copy on another disk."""
+    """Copy every file that the manifest names to the same place below `output_dir`."""
     if output_dir.resolve() == data.root.resolve():
         return
-    names = [getattr(row, column) for row in data.rows for column in manifest.FILE_COLUMNS if getattr(row, column)]
-    for name in tqdm(names, desc="files", unit="file"):
+    names = {getattr(row, column) for row in data.rows for column in manifest.FILE_COLUMNS if getattr(row, column)}
+    for name in tqdm(sorted(names), desc="files", unit="file"):
         if not (data.root / name).is_file():
             raise InputError(f"{data.path}: {name} does not exist; see python -m data.prepare check")
         with atomic_path(output_dir / name) as temporary:
-            temporary.unlink()
-            try:
-                os.link((data.root / name).resolve(), temporary)
-            except OSError:  # another disk
-                shutil.copyfile(data.root / name, temporary)
+            shutil.copyfile(data.root / name, temporary)
 
 
 def conditions(args: argparse.Namespace) -> None:
@@ -137,7 +134,8 @@ def parallel(
     function: Callable[[tuple[Path, Path]], str | None], jobs: Sequence[tuple[Path, Path]], workers: int, name: str
 ) -> Iterable[str | None]:
     """Results of `function` over `jobs`, in order, with a progress bar."""
-    with tqdm(total=len(jobs), desc=name, unit="image") as bar, ProcessPoolExecutor(workers) as pool:
+    spawn = multiprocessing.get_context("spawn")  # a forked child inherits OpenCV's threads as locks that never open
+    with tqdm(total=len(jobs), desc=name, unit="image") as bar, ProcessPoolExecutor(workers, spawn) as pool:
         for result in pool.map(function, jobs, chunksize=16):
             bar.update()
             yield result

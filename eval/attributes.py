@@ -2,7 +2,7 @@
 
 python -m eval.attributes train --data_dir runs/phantom --output_dir assets/judges/attributes --max_train_steps 10000
 python -m eval.attributes evaluate --data_dir runs/phantom --split test --model assets/judges/attributes
-python -m eval.attributes train --data_dir runs/phantom --output_dir runs/attributes --max_train_steps 50  # a CPU minute
+python -m eval.attributes train --data_dir runs/phantom --output_dir runs/attributes --max_train_steps 50  # a minute
 """
 
 import argparse

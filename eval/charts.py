@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ OUTLINE = (255, 196, 0)  # requested nodule outlines
 GAP = 3  # px between tiles
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
+Tile = NDArray[np.uint8]  # (H, W) or (H, W, 3)
 Estimate = tuple[float, float, float]  # value, and the bounds of its 95 % CI
 
 

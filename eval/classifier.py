@@ -1,7 +1,7 @@
 """The image classifier behind `eval.classify`: one ResNet, one training recipe, whatever the data."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ class Recipe:
     learning_rate: float = 1e-3  # peak; warm-up, then cosine to 0
     validations: int = 5  # times that the valid split is looked at, evenly spread; the best state is kept
 
+    def __post_init__(self) -> None:
+        if self.weights and not Path(self.weights).is_file():
+            raise InputError(f"{self.weights}: no such file; give a local checkpoint, or none to train from scratch")
+
     def settings(self) -> dict[str, Any]:
         """All of it as JSON, the weights by their content."""
         digest = hashlib.sha256(Path(self.weights).read_bytes()).hexdigest()[:16] if self.weights else None
@@ -39,17 +43,15 @@ def build(recipe: Recipe, classes: int) -> nn.Module:
     """The torchvision ResNet with a head for `classes`."""
     import torchvision
 
-    net: nn.Module = getattr(torchvision.models, recipe.model)(weights=None)
+    net: torchvision.models.ResNet = getattr(torchvision.models, recipe.model)(weights=None)
     if recipe.weights:
         net.load_state_dict(read_weights(recipe.weights))
-    net.fc = nn.Linear(net.fc.in_features, classes)  # pyright: ignore[reportArgumentType]
+    net.fc = nn.Linear(net.fc.in_features, classes)
     return net.to(memory_format=torch.channels_last).to(device())
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from .pth by PyTorch's loader that runs no code."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; give a local checkpoint, or leave it out to train from scratch")
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -64,7 +66,7 @@ def to_input(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, H, W) uint8 -> (B, 3, H, W): moved by up to 1/16, gain and offset by up to a tenth. No flip: it swaps poles."""
+    """(B, H, W) uint8 -> (B, 3, H, W): moved by up to 1/16, gain and offset up to a tenth. A flip would swap poles."""
     inputs = to_input(shift(images, images.shape[-1] // 16, generator))
     gain, offset = 0.2 * torch.rand((2, len(images), 1, 1, 1), generator=generator) - 0.1
     return inputs * (1 + gain.to(inputs.device)) + (offset / 0.226).to(inputs.device)
@@ -77,9 +79,10 @@ def predict(net: nn.Module, images: np.ndarray, batch_size: int = 128) -> np.nda
     return torch.cat([net(to_input(part)).float().softmax(1).cpu() for part in parts]).double().numpy()
 
 
-def macro_auc(y: np.ndarray, probabilities: np.ndarray) -> float:
-    """Mean over the classes of one-versus-rest AUC; y (N,) class indices, probabilities (N, classes)."""
-    return float(np.mean([statistics.auc(y == c, probabilities[:, c]) for c in range(probabilities.shape[1])]))
+def macro_auc(y: np.ndarray, probabilities: np.ndarray, classes: Iterable[int] | None = None) -> float:
+    """Mean over `classes` (default all) of one-versus-rest AUC; y (N,) class indices, probabilities (N, classes)."""
+    chosen = range(probabilities.shape[1]) if classes is None else classes
+    return float(np.mean([statistics.auc(y == c, probabilities[:, c]) for c in chosen]))
 
 
 def train(
@@ -98,7 +101,7 @@ def train(
     Args:
         images, y: (N, H, W) uint8 and (N,) class indices: everything that may be drawn.
         draw: numpy generator -> the row indices of one batch.
-        valid: images and classes to select the state on, by macro AUC; None keeps the last state.
+        valid: images and classes to select the state on, by macro AUC over the classes there; None: the last state.
     """
     torch.manual_seed(seed)
     net = build(recipe, classes)
@@ -110,7 +113,7 @@ def train(
 
     def validate(step: int) -> dict[str, float]:
         assert valid is not None
-        value = macro_auc(valid[1], predict(net, valid[0]))
+        value = macro_auc(valid[1], predict(net, valid[0]), np.unique(valid[1]).tolist())
         if value > best["auc"]:
             state = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
             best.update(auc=value, step=step, state=state)

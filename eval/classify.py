@@ -1,9 +1,9 @@
 """Does training on synthetic images help a classifier on real ones? All arms under identical conditions.
 
     python -m eval.classify --real runs/data --fake runs/generated --output runs/classify/report.json --seeds 0 1 2
-    python -m eval.classify --real D --fake G --extra_real D2 --output R/report.json --model resnet50 --weights resnet50.pth
+    python -m eval.classify --real D --fake G --extra_real D2 --output R/report.json --weights resnet50.safetensors
     python -m eval.classify --real D --fake G --output R/report.json \
-        --model resnet18 --image_size 64 --max_train_steps 400                                    # minutes on a CPU
+        --model resnet18 --image_size 64 --max_train_steps 400       # minutes on a CPU
 
 Arms differ in nothing but the images that a batch is drawn from:
     none          the real training images, classes as frequent as they are
@@ -71,10 +71,10 @@ def load(args: argparse.Namespace, real: Manifest, fake: Manifest, extra: Manife
     classes = sorted(present, key=lambda label: (order.index(label) if label in order else len(order), label))
     if len(classes) < 2:
         raise InputError(f"{real.path}: split 'train' has one class only ({classes[0]}); nothing to classify")
-    for split in ("valid", "test"):
-        found = {str(row.label) for row in splits[split].rows}
-        if found and found != present:
-            raise InputError(f"{real.path}: classes of '{split}' ({sorted(found)}) are not those of train ({classes})")
+    tested, watched = ({str(row.label) for row in splits[split].rows} for split in ("test", "valid"))
+    if tested != present or watched - present or len(watched) == 1:
+        found = f"train has {sorted(present)}, valid {sorted(watched)}, test {sorted(tested)}"
+        raise InputError(f"{real.path}: {found}; test needs the classes of train, valid two of them or no rows")
     fake = fake.select(labels=classes)
     pools = [splits["train"], fake]
     if extra is not None:
@@ -153,7 +153,7 @@ def draw_batch(groups: Sequence[tuple[float, np.ndarray]], size: int, rng: np.ra
 def scores_of(arm: str, seed: int, data: Data, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     """Train one arm with one seed and score the test images, or read the finished result of the same settings."""
     groups = groups_of(arm, data, args.synthetic_share)
-    settings = recipe.settings() | {"arm": arm, "seed": seed, "image_size": args.image_size, "data": digest(data, groups)}
+    settings = recipe.settings() | {"arm": arm, "seed": seed, "data": digest(data, groups)}
     path = Path(args.output).parent / "scores" / f"{arm}-seed{seed}.json"
     if path.is_file():
         found = read_json(path)
@@ -183,7 +183,7 @@ def scores_of(arm: str, seed: int, data: Data, recipe: Recipe, args: argparse.Na
 
 def digest(data: Data, groups: Sequence[tuple[float, np.ndarray]]) -> str:
     """Changes with any image, label or mixing that this training or its test depends on."""
-    hashed = hashlib.sha256(json.dumps(data.classes).encode())
+    hashed = hashlib.sha256(json.dumps([data.classes, data.images.shape[1:]]).encode())
     for share, rows in groups:
         hashed.update(f"{share:.9f}".encode() + data.images[rows].tobytes() + data.y[rows].tobytes())
     for images, y in filter(None, (data.valid, data.test)):
@@ -233,16 +233,16 @@ def summarise(
 ) -> dict[str, dict[str, Any]]:
     """arm -> metric -> mean over seeds with its interval, each seed's value, and the difference to oversampling."""
     y, patients = data.test[1], [row.patient_id or row.file_name for row in data.test_rows.rows]
-    stacked = {arm: np.stack([r["probabilities"] for r in runs], 1) for arm, runs in results.items()}  # (N, seeds, classes)
+    stacked = {arm: np.stack([run["probabilities"] for run in runs], 1) for arm, runs in results.items()}
     report: dict[str, dict[str, Any]] = {}
-    for arm, p in stacked.items():
+    for arm, p in stacked.items():  # (N, seeds, classes)
         report[arm] = {"n_test": len(y), "seeds": args.seeds}
         report[arm]["selected_steps"] = [run["selected_step"] for run in results[arm]]
         report[arm]["images_per_second"] = [run["images_per_second"] for run in results[arm]]
         for name, metric in metrics_of(data.classes, args.negative).items():
             mean = over_seeds(metric)
             value, low, high = statistics.cluster_bootstrap_ci(mean, y, p, patients, args.resamples, 0)
-            entry = {"value": value, "low": low, "high": high}
+            entry: dict[str, Any] = {"value": value, "low": low, "high": high}
             entry["per_seed"] = [metric(y, p[:, seed]) for seed in range(p.shape[1])]
             if "oversampling" in stacked and arm != "oversampling":
                 entry["minus_oversampling"] = difference(mean, y, p, stacked["oversampling"], patients, args.resamples)
@@ -355,8 +355,11 @@ def main(argv: list[str] | None = None) -> None:
         )
     write_json(args.output, report)
     for arm, entry in report["arms"].items():
-        figures = ", ".join(f"{k} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for k, v in entry.items() if isinstance(v, dict))
-        print(f"{arm}: {figures}")
+        figures = {name: value for name, value in entry.items() if isinstance(value, dict)}
+        print(
+            f"{arm}: "
+            + ", ".join(f"{k} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for k, v in figures.items())
+        )
 
 
 if __name__ == "__main__":

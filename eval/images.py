@@ -9,7 +9,7 @@ from tiger import manifest as manifests
 from tiger.conditions import read_gray, read_mask
 from tiger.errors import InputError
 from tiger.knowledge import Knowledge
-from tiger.manifest import Manifest
+from tiger.manifest import Manifest, Row
 
 
 def read_split(data_dir: str | Path, split: str | None, *, synthetic: bool | None = None) -> Manifest:
@@ -22,6 +22,11 @@ def read_split(data_dir: str | Path, split: str | None, *, synthetic: bool | Non
             f"{rows.path}: no row with split '{split}' (found: {found}); run `python -m data.prepare split`"
         )
     return chosen
+
+
+def load_native(manifest: Manifest, row: Row) -> np.ndarray:
+    """One image as (H, W) uint8 grey, in its own size."""
+    return read_gray(manifest.file(row, "file_name"))
 
 
 def load_images(manifest: Manifest, size: int) -> np.ndarray:
@@ -56,3 +61,8 @@ def name_rows(names: Sequence[str], most: int = 8) -> str:
     """`a.png, b.png and 7 more`."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def group_of(row: Row) -> str:
+    """Images of one group are not independent: those of a patient, synthetic ones drawn after the same real image."""
+    return row.derived_from[0] if row.derived_from else row.patient_id or row.file_name

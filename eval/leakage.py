@@ -1,4 +1,4 @@
-"""What must never be in a test: synthetic images, images that others were made from, patients or pictures seen in training."""
+"""What must never be in a test: synthetic images, sources of synthetic ones, patients or pictures seen in training."""
 
 import hashlib
 from collections.abc import Iterable
@@ -50,7 +50,8 @@ def refuse_copies(training: Manifest, images: np.ndarray, kept_out: Manifest, ke
         if _digest(image) in known
     ]
     if copies:
-        raise InputError(f"{training.path}: images that are also in valid or test of {kept_out.path}: {name_rows(copies)}")
+        where = f"valid or test of {kept_out.path}"
+        raise InputError(f"{training.path}: images that are also in {where}: {name_rows(copies)}; drop them")
 
 
 def _digest(image: np.ndarray) -> bytes:

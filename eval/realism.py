@@ -1,4 +1,4 @@
-"""Can a classifier tell synthetic from real? A classifier two-sample test (Lopez-Paz & Oquab 2017): AUC 0.5 is perfect."""
+"""Can a classifier tell synthetic from real? Its AUC, 0.5 being perfect (Lopez-Paz & Oquab 2017, C2ST)."""
 
 from collections import defaultdict
 from typing import Any
@@ -17,18 +17,23 @@ def source_patients(row: Row, patient_of: dict[str, str]) -> set[str]:
     return {patient_of.get(name, name) for name in row.derived_from} or {row.patient_id or row.file_name}
 
 
-def halves(real: list[Row], fake: list[Row], patient_of: dict[str, str], seed: int) -> list[tuple[list[Row], list[Row]]]:
+Pair = tuple[list[Row], list[Row]]  # real and synthetic rows
+
+
+def halves(real: list[Row], fake: list[Row], patient_of: dict[str, str], seed: int) -> list[Pair]:
     """Two disjoint (real, fake) halves: no patient is in both, nor is one that a synthetic image was made from.
 
     A synthetic row whose sources fall into different halves is left out. Each class has equally many real and
     synthetic rows in a half, so that the label tells nothing.
     """
     rng = np.random.default_rng(seed)
-    patients = {row.patient_id or row.file_name for row in real}
-    patients |= {patient for row in fake for patient in source_patients(row, patient_of)}
-    order = rng.permutation(sorted(patients))
-    half_of = {str(patient): place % 2 for place, patient in enumerate(order)}
-    found: list[tuple[list[Row], list[Row]]] = []
+    stratum = {
+        patient: f"synthetic {row.label}" for row in fake for patient in sorted(source_patients(row, patient_of))
+    }
+    stratum |= {row.patient_id or row.file_name: f"real {row.label}" for row in real}
+    shuffled = [sorted(stratum)[i] for i in rng.permutation(len(stratum))]
+    half_of = {patient: place % 2 for place, patient in enumerate(sorted(shuffled, key=stratum.__getitem__))}
+    found: list[Pair] = []
     for half in (0, 1):
         real_by: defaultdict[str | None, list[Row]] = defaultdict(list)
         fake_by: defaultdict[str | None, list[Row]] = defaultdict(list)
@@ -38,7 +43,7 @@ def halves(real: list[Row], fake: list[Row], patient_of: dict[str, str], seed: i
         for row in fake:
             if {half_of[patient] for patient in source_patients(row, patient_of)} == {half}:
                 fake_by[row.label].append(row)
-        chosen: tuple[list[Row], list[Row]] = ([], [])
+        chosen: Pair = ([], [])
         for label in sorted(real_by.keys() & fake_by.keys(), key=str):
             count = min(len(real_by[label]), len(fake_by[label]))
             for into, rows in zip(chosen, (real_by[label], fake_by[label]), strict=True):
@@ -62,8 +67,8 @@ def measure(
         raise InputError(f"{fake.path}: too few synthetic images share a class with held-out ones of {real.path}")
     images, y, groups = [], [], []
     for real_rows, fake_rows in parts:
-        pair = [load_images(Manifest(m.path, tuple(rows)), image_size) for m, rows in ((real, real_rows), (fake, fake_rows))]
-        images.append(np.concatenate(pair))
+        sources = (Manifest(real.path, tuple(real_rows)), Manifest(fake.path, tuple(fake_rows)))
+        images.append(np.concatenate([load_images(source, image_size) for source in sources]))
         y.append(np.repeat([0, 1], [len(real_rows), len(fake_rows)]))
         made_from = [min(source_patients(row, patient_of)) for row in fake_rows]
         groups.append([*(row.patient_id or row.file_name for row in real_rows), *made_from])

@@ -2,7 +2,7 @@
 
 python -m eval.segment train --data_dir runs/phantom --output_dir assets/judges/segmenter --max_train_steps 6000
 python -m eval.segment evaluate --data_dir runs/phantom --split test --model assets/judges/segmenter
-python -m eval.segment train --data_dir runs/phantom --output_dir runs/segmenter --max_train_steps 50  # a CPU minute
+python -m eval.segment train --data_dir runs/phantom --output_dir runs/segmenter --max_train_steps 50  # a minute
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tiger.files import write_json
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 1, S, S) in [-1, 1]: brightness, contrast, noise and blur, so that a generator's looks do not fool the judge."""
+    """(B, 1, S, S) in [-1, 1]: brightness, contrast, noise, blur, so that a generator's looks do not fool the judge."""
     batch = (len(images), 1, 1, 1)
     device = images.device
     gain = 1 + 0.25 * (2 * torch.rand(batch, generator=generator) - 1)

@@ -15,7 +15,7 @@ LAYOUTS = ("sd15", "sd21", "tiny")
 
 
 def make_unet(layout: str, seed: int = 0) -> UNet2DConditionModel:
-    """A random U-Net, width 16-32: "sd15" and "sd21" have Stable Diffusion's four levels, "tiny" the embedded base's."""
+    """A random U-Net, width 16-32: "sd15" and "sd21" with Stable Diffusion's levels, "tiny" like the embedded base."""
     torch.manual_seed(seed)
     shared = {"cross_attention_dim": TEXT_WIDTH, "norm_num_groups": 8}
     if layout == "tiny":

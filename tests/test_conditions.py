@@ -102,6 +102,8 @@ def test_border_bars_are_told_from_lesions():
     assert conditions.border_bars(barred) == {"bottom": 4}
     assert np.array_equal(conditions.remove_bars(barred), lesion)
     assert conditions.border_bars(np.full((50, 50), 255, np.uint8)) == {}
+    dome = np.tril(np.full((100, 100), 255, np.uint8))[::-1]  # fills its first rows and narrows slowly
+    assert conditions.border_bars(dome) == {}
 
 
 @pytest.mark.parametrize("location", POLES)
@@ -123,6 +125,8 @@ def test_place_mask_keeps_shape_and_varies_place():
     nodule = ellipse(128, (20, 100), (9, 6), 30)
     places = {centroid(place_mask(nodule, ORGAN, "middle pole", "longitudinal", rng)) for _ in range(30)}
     assert len(places) > 20
+    enormous = place_mask(ellipse(128, (64, 64), (60, 50)), ORGAN, "inferior pole", "longitudinal", rng)
+    assert np.count_nonzero(enormous & ORGAN) >= 0.7 * np.count_nonzero(enormous) > 0
     placed = place_mask(nodule, ORGAN, "upper pole", "longitudinal", rng)
     assert np.count_nonzero(placed) == np.count_nonzero(nodule)
     assert centroid(placed)[0] < 128 / 2  # the head is at the left
@@ -172,7 +176,7 @@ def test_vary_mask_changes_the_outline_but_not_much():
         assert 0.7 * area <= np.count_nonzero(varied) <= 1.3 * area
         assert cv2.connectedComponents((varied > 0).astype(np.uint8))[0] == 2
         assert np.hypot(*np.subtract(centroid(varied), (60, 60))) < 6
-        changed += not np.array_equal(varied, nodule)
+        changed += not np.array_equal(varied, conditions.largest_component(nodule))
     assert changed >= 99
     tiny = np.zeros((128, 128), np.uint8)
     tiny[5, 5] = 255

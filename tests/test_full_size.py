@@ -1,6 +1,6 @@
 """One optimisation step of each stage at Stable Diffusion 2.1's size, on a CPU: minutes, 20 GiB of memory, 40 GB of disk.
 
-    bash tests/run.sh -m slow tests/test_full_size.py
+bash tests/run.sh -m slow tests/test_full_size.py
 """
 
 import shutil
@@ -45,7 +45,10 @@ def write_sd21(folder: Path) -> None:
     ).save_pretrained(folder / "scheduler")  # fmt: skip
     parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "DDIMScheduler"}
     index = {name: ["diffusers", kind] for name, kind in parts.items()}
-    index |= {name: ["transformers", f"CLIP{kind}"] for name, kind in (("text_encoder", "TextModel"), ("tokenizer", "Tokenizer"))}
+    index |= {
+        name: ["transformers", f"CLIP{kind}"]
+        for name, kind in (("text_encoder", "TextModel"), ("tokenizer", "Tokenizer"))
+    }
     write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", **index})
 
 

@@ -59,7 +59,7 @@ def test_parse_reports_what_it_cannot_take(thyroid: Knowledge):
     assert parsed.ambiguous == ["irregular", "regular"]
     assert parsed.unknown == ["pulsating", "not cystic", "2.5 cm"]
     assert thyroid.parse("benign, medullary").contradictions == ["status: 'benign' and MTC (malignant)"]
-    assert thyroid.parse("non-solid").attributes == {}
+    assert thyroid.parse("non-solid, nuclear, semisolid, smallish").attributes == {}
 
 
 def test_split_separates_foreground_from_background(thyroid: Knowledge):
@@ -92,13 +92,13 @@ def test_compose_refuses_unknown_words(thyroid: Knowledge):
 
 def test_sample_follows_frequencies_and_exclusions(thyroid: Knowledge):
     rng = np.random.default_rng(0)
-    draws = [thyroid.sample("benign", rng) for _ in range(3000)]
+    draws = [thyroid.sample("benign", rng) for _ in range(1000)]
     for attributes in draws:
         assert list(attributes) == list(thyroid.categories)
         terms = set(attributes.values())
         assert not any(pair <= terms for pair in thyroid.exclusions)
     spongiform = np.mean([attributes["composition"] == "spongiform" for attributes in draws])
-    assert spongiform == pytest.approx(0.12, abs=0.02)
+    assert spongiform == pytest.approx(0.12, abs=0.03)
     assert thyroid.sample("FTC", rng, mode="names") == {}
     assert thyroid.compose("FTC", {}) == ("malignant, follicular", "sonogram")
 

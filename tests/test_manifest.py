@@ -81,7 +81,7 @@ def test_read_collects_every_structural_problem(tmp_path: Path):
         read(tmp_path)
     message = problems_of(error)
     for expected in (
-        "10 problems", "line 1: not valid JSON", "line 2: file_name: '/etc/a.png' is not a relative path",
+        "9 problems", "line 1: not valid JSON", "line 2: file_name: '/etc/a.png' is not a relative path",
         "line 3: condition_fg: '../mask/b.png' leaves the manifest's folder", "line 4: has no text_bg",
         "line 5: unknown column 'pateint_id': did you mean 'patient_id'?", "line 6: split: must be one of",
         "line 6: seed: must be an integer", "line 8: f.png is already in line 7", "line 9: must be a JSON object",
@@ -110,7 +110,7 @@ def test_write_and_read_agree(tmp_path: Path):
 
 
 def spoil_missing(data: Path) -> None:
-    (data / "condition_fg" / "a.png").rename(data / "condition_fg" / "a.jpg")
+    (data / "condition_fg" / "a.png").rename(data / "condition_fg" / "a.PNG")
 
 
 def spoil_corrupt(data: Path) -> None:
@@ -148,7 +148,7 @@ def spoil_format(data: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_missing, "does not exist: write 'condition_fg/a.jpg', which does"),
+        (spoil_missing, "does not exist: write 'condition_fg/a.PNG', which does"),
         (spoil_corrupt, "file_name a.png: cannot be read as an image"),
         (spoil_text_file, "no known image format"),
         (spoil_size, "condition_bg is 32x16, the image 32x32"),

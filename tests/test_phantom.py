@@ -128,7 +128,9 @@ def test_location_and_extension():
 
 
 def test_view_terms_change_the_image():
-    grey = [np.mean([case.image.mean() for case in renders(brightness=b)]) for b in ("low bright", "bright", "high bright")]
+    grey = [
+        np.mean([case.image.mean() for case in renders(brightness=b)]) for b in ("low bright", "bright", "high bright")
+    ]
     assert min(np.diff(grey)) > 8
 
     def grain(case: phantom.Phantom) -> float:

@@ -23,8 +23,8 @@ FINISHED = "finished.json"  # {"step": optimizer steps in the finished model}
 def save(output_dir: str | Path, step: int, write: Callable[[Path], None]) -> Path:
     """Make `output_dir/checkpoint-<step>` from what `write(folder)` puts in a folder, and return its path.
 
-    Until the last rename the checkpoint does not exist under its name, so a crash or a full disk leaves the older ones as
-    they were. The manifest lists every file with its SHA-256 and is written last.
+    Until the last rename the checkpoint does not exist under its name, so a crash or a full disk leaves the older ones
+    as they were. The manifest lists every file with its SHA-256 and is written last.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def newest_valid(output_dir: str | Path) -> Path | None:
 
 
 def rotate(output_dir: str | Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints, and what interrupted saves left behind. Call it after a save only."""
+    """Delete all but the `keep` newest checkpoints, and what interrupted saves left behind. For right after a save."""
     for folder in sorted(checkpoints(output_dir), key=step_of)[:-keep]:
         shutil.rmtree(folder)
     for folder in Path(output_dir).glob(".checkpoint-*"):
@@ -92,7 +92,7 @@ def find_problem(folder: Path) -> str | None:
 
 
 def publish(output_dir: str | Path, step: int, export: Callable[[Path], None]) -> None:
-    """Put the complete diffusers folder that `export(folder)` writes into `output_dir`, replacing an older one part by part.
+    """Put the complete diffusers folder that `export(folder)` writes into `output_dir`, part by part.
 
     model_index.json goes first and comes last: what a crash leaves behind is never taken for a model.
     """

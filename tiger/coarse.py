@@ -1,23 +1,21 @@
 """The coarse stage: noised latents and the full prompt in, the U-Net's ε- or v-error out (paper eq. 4)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
 from transformers import CLIPTextModel
 
 from tiger import diffusion
 from tiger.components import Components
-from tiger.dataset import TextCache, sample_latents
+from tiger.dataset import TextCache
 from tiger.pipeline import TigerPipeline
+from tiger.stage import Losses, SampleNoise, draw, image_grid, noised
 from tiger.tokenizer import encode_text, token_ids
-from tiger.trainer import SampleNoise, image_grid
-
-GUIDANCE_SCALE, GUIDANCE_RESCALE = 3.0, 0.7  # of the validation grid
 
 
 class CoarseModel(nn.Module):
@@ -35,7 +33,7 @@ class CoarseModel(nn.Module):
 
 
 class CoarseStage:
-    """Trains `components.unet` in place. See trainer.Stage."""
+    """Trains `components.unet` in place. See stage.Stage."""
 
     def __init__(
         self,
@@ -58,40 +56,38 @@ class CoarseStage:
         self.snr_gamma = snr_gamma
         self.text_dropout = text_dropout
         self.validation_inference_steps = validation_inference_steps
-        self.noise_schedule = DDPMScheduler.from_config(components.scheduler.config)
-        components.unet.to(device).requires_grad_(True)
-        text_encoder = components.text_encoder.to(device).requires_grad_(train_text_encoder)
-        self.model = CoarseModel(components.unet, text_encoder if train_text_encoder else None).train()
+        components.to(device)
+        components.unet.requires_grad_(True)
+        components.text_encoder.requires_grad_(train_text_encoder)
+        self.model = CoarseModel(components.unet, components.text_encoder if train_text_encoder else None).train()
         self.trainable: nn.Module = self.model
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(self.model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
         ]
-        # What the model takes in place of a prompt: states of a frozen text encoder, token ids for one in training.
+        # What the model takes in place of prompts: states of a frozen text encoder, token ids for one in training.
+        self.read_text: Callable[[list[str]], torch.Tensor] = TextCache(self.encode, text_cache_size)
         if train_text_encoder:
             self.read_text = lambda texts: token_ids(texts, components.tokenizer)
-        else:
-            self.read_text = TextCache(
-                lambda texts: encode_text(texts, components.tokenizer, text_encoder), text_cache_size
-            )
 
-    def loss(
-        self, batch: dict[str, Any], noise: SampleNoise, step: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        """(B,) prompts -> (B, L, D) hidden states."""
+        return encode_text(texts, self.components.tokenizer, self.components.text_encoder)
+
+    def begin_step(self, texts: Sequence[dict[str, str]]) -> None:
+        """Nothing here depends on the whole batch."""
+
+    def loss(self, batch: dict[str, Any], noise: SampleNoise, step: int) -> Losses:
         """Mean squared error of the prediction; prompts are dropped at random."""
-        moments = batch["moments"].to(self.device)  # (B, 2C, h, w)
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        latents = sample_latents(self.components.vae, moments, noise.randn(shape))
-        timesteps = noise.randint(self.noise_schedule.config.num_train_timesteps)
-        epsilon = noise.randn(shape)
-        noisy = diffusion.add_noise(self.noise_schedule, latents, epsilon, timesteps)
-        text = drop(self.read_text, batch["text"], noise.rand() < self.text_dropout)
-        prediction = self.trainable(noisy, timesteps, text)
-        weights = None
-        if self.snr_gamma:
-            weights = diffusion.min_snr_weights(self.noise_schedule, timesteps, self.snr_gamma)
-        target = diffusion.target(self.noise_schedule, latents, epsilon, timesteps)
-        loss = diffusion.loss(prediction, target, weights)
+        z = noised(self.components, batch["moments"].to(self.device), noise, self.snr_gamma)
+        text = self.text(batch["text"], noise.rand() < self.text_dropout)
+        prediction = self.trainable(z.latents, z.timesteps, text)
+        loss = diffusion.loss(prediction, z.target, z.weights)
         return loss, {"loss": loss.detach()}
+
+    def text(self, prompts: list[str], dropped: torch.Tensor) -> torch.Tensor:
+        """What the model takes for B prompts, (B, …); for the empty prompt where `dropped` (B,)."""
+        read = self.read_text([*prompts, ""]).to(dropped.device)
+        return torch.where(dropped.view(-1, *[1] * (read.ndim - 1)), read[-1:], read[:-1])
 
     def save(self, folder: Path) -> None:
         """Weights in diffusers' layout."""
@@ -110,32 +106,15 @@ class CoarseStage:
         """Above real images, below what the model draws from their prompts."""
         parts = self.components
         pipeline = TigerPipeline(parts.vae, parts.text_encoder, parts.tokenizer, parts.unet, parts.scheduler)
-        pipeline.set_progress_bar_config(disable=True)
         real = torch.stack([item["image"] for item in self.shown])  # (B, 3, H, W)
-        drawn = pipeline(
-            [item["text_fg"] for item in self.shown],
-            [item["text_bg"] for item in self.shown],
-            branches="none",
-            num_inference_steps=self.validation_inference_steps,
-            guidance_scale=GUIDANCE_SCALE,
-            guidance_rescale=GUIDANCE_RESCALE,
-            height=real.shape[2],
-            width=real.shape[3],
-            generator=[torch.Generator(self.device).manual_seed(seed) for seed in range(len(self.shown))],
-            output_type="pt",
-        ).images
+        size = {"height": real.shape[2], "width": real.shape[3]}
+        drawn = draw(pipeline, self.shown, self.validation_inference_steps, branches="none", **size)
         return image_grid([real / 2 + 0.5, drawn])
 
     def export(self, folder: Path) -> None:
         """A plain StableDiffusionPipeline."""
         parts = self.components
         StableDiffusionPipeline(
-            parts.vae, parts.text_encoder, parts.tokenizer, parts.unet, parts.scheduler,
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            parts.vae, parts.text_encoder, parts.tokenizer, parts.unet, parts.scheduler,  # type: ignore[arg-type]
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,  # type: ignore[arg-type]
         ).save_pretrained(str(folder))  # fmt: skip
-
-
-def drop(read_text: Any, texts: list[str], dropped: torch.Tensor) -> torch.Tensor:
-    """(B, …) what the model takes for each of B prompts, on the device of `dropped` (B,); where True, for ""."""
-    text, empty = read_text(texts).to(dropped.device), read_text([""]).to(dropped.device)
-    return torch.where(dropped.view(-1, *[1] * (text.ndim - 1)), empty, text)

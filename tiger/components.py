@@ -3,14 +3,15 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tiger import checkpoint
 from tiger.errors import InputError
 from tiger.files import read_json
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
 NEEDED = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
@@ -18,26 +19,39 @@ NEEDED = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
 
 @dataclass
 class Components:
-    """A text-to-image base in float32. The scheduler holds the base's noise schedule and prediction type."""
+    """A text-to-image base, frozen and in float32. Schedulers keep the base's noise schedule and prediction type."""
 
     vae: "AutoencoderKL"
     unet: "UNet2DConditionModel"
     text_encoder: "CLIPTextModel"
     tokenizer: "CLIPTokenizer"
-    scheduler: "DDIMScheduler"
+    scheduler: "DDIMScheduler"  # for sampling, and saved with the model
+    noise_schedule: "DDPMScheduler"  # the same for training
+
+    def to(self, device: "torch.device") -> None:
+        """Move the networks."""
+        for network in self.networks:
+            network.to(device)
+
+    @property
+    def networks(self) -> "tuple[torch.nn.Module, ...]":
+        """Everything with parameters."""
+        return self.vae, self.unet, self.text_encoder
 
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent cell, along each side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     def resolution(self, wanted: int | None) -> int:
-        """Image side in pixels: `wanted`, or what the U-Net was made for. Raises InputError if the networks cannot take it."""
-        side = wanted or self.unet.config.sample_size * self.vae_scale_factor
-        multiple = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        """Image side in pixels: `wanted`, or what the U-Net was made for. InputError if the networks cannot take it."""
+        side = wanted or self.unet.config["sample_size"] * self.vae_scale_factor
+        multiple = self.vae_scale_factor * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
         if side % multiple:
-            raise InputError(f"--resolution {side}: this base needs a multiple of {multiple} pixels, "
-                             f"such as {round(side / multiple + 0.5) * multiple}")  # fmt: skip
+            raise InputError(
+                f"--resolution {side}: this base needs a multiple of {multiple} pixels, such as "
+                f"{round(side / multiple + 0.5) * multiple}"
+            )
         return side
 
 
@@ -58,8 +72,9 @@ def check_base(name: str) -> None:
             f"--pretrained_model {name} lacks {', '.join(missing)}: a base has the folders {', '.join(NEEDED)}"
         )
     if "text_encoder_2" in index:
-        raise InputError(f"--pretrained_model {name} has two text encoders (SDXL or later); "
-                         "Tiger takes bases laid out as SD-1.5 or SD-2.1")  # fmt: skip
+        raise InputError(
+            f"--pretrained_model {name} has two text encoders (SDXL or later); give a base laid out as SD-1.5 or SD-2.1"
+        )
 
 
 def describe_folder(folder: Path) -> str:
@@ -68,36 +83,38 @@ def describe_folder(folder: Path) -> str:
         return "is a file: give a diffusers folder, one with a model_index.json"
     steps = sorted(checkpoint.step_of(path) for path in checkpoint.checkpoints(folder))
     if steps:
-        return (f"holds checkpoints up to step {steps[-1]} but no finished model: run the command that made them again, "
-                "it resumes and finishes")  # fmt: skip
+        return (
+            f"holds checkpoints up to step {steps[-1]} but no finished model: run the command that made them again, it "
+            "resumes and finishes"
+        )
     return "has no model_index.json: give a diffusers folder"
 
 
 def load_components(name: str) -> Components:
     """Load a base. Raises InputError if it cannot be read."""
     import diffusers
+    import torch
     import transformers
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    import torch
-
     check_base(name)
     name = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
-    single = {"torch_dtype": torch.float32, "use_safetensors": True}
+    options: Any = {"torch_dtype": torch.float32, "use_safetensors": True}
     try:
-        schedule = DDIMScheduler.load_config(name, subfolder="scheduler")
+        schedule: Any = DDIMScheduler.load_config(name, subfolder="scheduler")
         schedule.setdefault("clip_sample", False)  # DDIM's own default, True, is for pixels
-        return Components(
-            vae=AutoencoderKL.from_pretrained(name, subfolder="vae", **single).requires_grad_(False),
-            unet=UNet2DConditionModel.from_pretrained(name, subfolder="unet", **single).requires_grad_(False),
-            text_encoder=CLIPTextModel.from_pretrained(
-                name, subfolder="text_encoder", dtype=torch.float32
-            ).requires_grad_(False),
-            tokenizer=CLIPTokenizer.from_pretrained(name, subfolder="tokenizer"),
-            scheduler=DDIMScheduler.from_config(schedule),
-        )
+        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **options)
+        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **options)
+        text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float32)
+        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
     except (OSError, ValueError) as error:
-        raise InputError(f"--pretrained_model {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        what = "cannot be loaded" if Path(name).exists() else "is no folder, and cannot be loaded as a hub id"
+        raise InputError(f"--pretrained_model {name} {what}: {' '.join(str(error).split())[:300]}") from error
+    for network in (vae, unet, text_encoder):
+        network.requires_grad_(False).eval()
+    sampler: Any = DDIMScheduler.from_config(schedule)
+    noise_schedule: Any = DDPMScheduler.from_config(schedule)
+    return Components(vae, unet, text_encoder, tokenizer, sampler, noise_schedule)

@@ -1,4 +1,4 @@
-"""Manifest rows as tensors, the order they are trained in, and what is computed once for each: latents and text states."""
+"""Manifest rows as tensors, the order they are trained in, and what is computed once: latents and text states."""
 
 import functools
 import hashlib
@@ -71,7 +71,9 @@ class TigerDataset(Dataset[dict[str, Any]]):
         """The prompts of an item: text, text_fg, text_bg."""
         row = self.row(index)
         texts = {"text": row.text, "text_fg": row.text_fg, "text_bg": row.text_bg}
-        return {name: mirror_text(text) for name, text in texts.items()} if self.mirrored(index) else texts
+        if self.mirrored(index):
+            return {name: mirror_text(text, row.plane or "longitudinal") for name, text in texts.items()}
+        return texts
 
     def row(self, index: int) -> Row:
         """The manifest's row behind an item."""
@@ -110,9 +112,11 @@ class TigerDataset(Dataset[dict[str, Any]]):
         return weights if weights is None or not self.random_flip else np.tile(weights, 2) / 2
 
 
-def mirror_text(text: str) -> str:
-    """A prompt for the mirrored image: sides are swapped, and in a longitudinal plane the poles too."""
-    swaps = {"left": "right"} if "transverse" in text else {"left": "right", "inferior pole": "upper pole"}
+def mirror_text(text: str, plane: str) -> str:
+    """A prompt for the mirrored image: sides are swapped, and the poles too where they lie side by side."""
+    swaps = {"left": "right"}
+    if conditions.POLE_AXIS[plane] == "horizontal":
+        swaps[conditions.POLES[0]] = conditions.POLES[-1]
     swaps |= {new: old for old, new in swaps.items()}
     return re.sub(r"\b(" + "|".join(swaps) + r")\b", lambda match: swaps[match.group()], text)
 
@@ -123,8 +127,10 @@ def row_weights(manifest: Manifest, balance: float) -> np.ndarray | None:
         return None
     unlabelled = [row.file_name for row in manifest.rows if not row.label]
     if unlabelled:
-        raise InputError(f"{manifest.path}: --class_balance needs a label in every row, and {len(unlabelled)} have none, "
-                         f"first {unlabelled[0]}; add labels or give --class_balance 0")  # fmt: skip
+        raise InputError(
+            f"{manifest.path}: --class_balance needs a label in every row, and {len(unlabelled)} have none, first "
+            f"{unlabelled[0]}; add labels or give --class_balance 0"
+        )
     counts = Counter(row.label for row in manifest.rows)
     weights = np.array([counts[row.label] ** -balance for row in manifest.rows])
     return weights / weights.sum()
@@ -133,8 +139,8 @@ def row_weights(manifest: Manifest, balance: float) -> np.ndarray | None:
 def batch_indices(seed: int, step: int, batch_size: int, count: int, weights: np.ndarray | None = None) -> np.ndarray:
     """(batch_size,) rows of the global batch of optimizer step `step`: a pure function of its arguments.
 
-    Without weights each epoch is a permutation of the `count` rows, and batches run on across epochs; with weights rows are
-    drawn with replacement.
+    Without weights each epoch is a permutation of the `count` rows, and batches run on across epochs; with weights rows
+    are drawn with replacement.
     """
     if weights is not None:
         return np.random.default_rng((seed, step)).choice(count, batch_size, p=weights)
@@ -151,12 +157,12 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 class StepSampler(Sampler[list[int]]):
     """Batches of row indices for one process, from optimizer step `start` to `stop`, `accumulation` batches a step.
 
-    A global batch has accumulation x processes x batch_size places; the same places get the same rows however it is cut up.
+    A global batch has accumulation x processes x batch_size places; a place gets the same row however it is cut up.
     """
 
     def __init__(
-        self, count: int, weights: np.ndarray | None, *, seed: int, batch_size: int, accumulation: int, rank: int, world: int,
-        start: int, stop: int,
+        self, count: int, weights: np.ndarray | None, *, seed: int, batch_size: int, accumulation: int,
+        rank: int, world: int, start: int, stop: int,
     ):  # fmt: skip
         self.count, self.weights, self.seed = count, weights, seed
         self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
@@ -180,10 +186,10 @@ def places(micro: int, batch_size: int, rank: int, world: int) -> slice:
 
 
 def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Draw latents from the VAE's posterior: moments (B, 2C, h, w), noise (B, C, h, w) -> (B, C, h, w), in U-Net units."""
+    """Draw latents from the VAE's posterior, in the U-Net's units: moments (B, 2C, h, w), noise -> (B, C, h, w)."""
     mean, log_variance = moments.chunk(2, dim=1)
     latents = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config["scaling_factor"]
 
 
 class LatentCache:
@@ -210,15 +216,16 @@ def cache_latents(
 ) -> LatentCache:  # fmt: skip
     """Encode every image that the cache does not hold yet, and return the cache.
 
-    Entries are keyed by the image file's content, the VAE's weights and config, and the resolution, so they are never stale,
-    and runs and data sets share them. Each file is written whole: an interrupted run continues where it stopped.
-    With several processes each encodes its share; `wait` lets them meet.
+    Entries are keyed by the image file's content, the VAE's weights and config, and the resolution, so they are never
+    stale, and runs and data sets can share them. Files are written whole: an interrupted run continues where it
+    stopped. With several processes each encodes its share; `wait` lets them meet.
     """
     folder = cache_dir / f"latents-{dataset.resolution}px-{model_key(vae)}"
     keys = [dataset.content_key(index) for index in range(len(dataset))]
     known = read_index(folder)
     first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in known}  # duplicates once
-    mine = [(key, first[key]) for key in sorted(first)][rank::world]
+    # Shared out by key, as another process may already have written part of its share when this one reads the index.
+    mine = [(key, first[key]) for key in sorted(first) if int(key[:8], 16) % world == rank]
     with tqdm(total=len(mine), desc="encoding images", unit="image", disable=rank > 0 or not mine) as bar:
         for start in range(0, len(mine), SHARD_ROWS):
             write_shard(vae, dataset, mine[start : start + SHARD_ROWS], folder, batch_size, bar)
@@ -236,8 +243,8 @@ def write_shard(
     for start in range(0, len(rows), batch_size):
         images = torch.stack([dataset.image(index) for _, index in rows[start : start + batch_size]])
         with torch.no_grad():
-            posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
-        moments.append(posterior.parameters.half().cpu())  # type: ignore[union-attr]  # (b, 2C, h, w)
+            encoded: Any = vae.encode(images.to(vae.device, vae.dtype))
+        moments.append(encoded.latent_dist.parameters.half().cpu())  # (b, 2C, h, w)
         bar.update(len(images))
     keys = [key for key, _ in rows]
     name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
@@ -246,7 +253,7 @@ def write_shard(
 
 
 def read_index(folder: Path) -> dict[str, tuple[Path, int]]:
-    """Content key -> (file, row) of a cache folder. Unreadable files are named on stderr, and their rows encoded again."""
+    """Content key -> (file, row) of a cache folder. A damaged file is named on stderr and removed, to be made again."""
     index = {}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name.startswith("."):

@@ -29,8 +29,8 @@ def sample_noise(latents: torch.Tensor, generator: torch.Generator) -> torch.Ten
 def add_noise(
     scheduler: Scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
-    """`z_t = √ᾱ_t·z + √(1−ᾱ_t)·ε`, (B, C, h, w)."""
-    return scheduler.add_noise(latents, noise, timesteps)  # type: ignore[arg-type]  # diffusers narrows to IntTensor
+    """`z_t = √ᾱ_t·z + √(1−ᾱ_t)·ε`, (B, C, h, w) float32: half precision cannot tell √(1−ᾱ) of the last steps."""
+    return scheduler.add_noise(latents.float(), noise.float(), timesteps)  # type: ignore[arg-type]  # diffusers narrows to IntTensor
 
 
 def target(scheduler: Scheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ def target(scheduler: Scheduler, latents: torch.Tensor, noise: torch.Tensor, tim
     if prediction_type == "epsilon":
         return noise
     if prediction_type == "v_prediction":
-        return scheduler.get_velocity(latents, noise, timesteps)  # type: ignore[arg-type]
+        return scheduler.get_velocity(latents.float(), noise.float(), timesteps)  # type: ignore[arg-type]
     raise ValueError(f"prediction_type is epsilon or v_prediction, not {prediction_type!r}")
 
 

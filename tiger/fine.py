@@ -6,25 +6,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
 from PIL import Image
 from torch import nn
 
 from tiger import diffusion
 from tiger.components import Components
-from tiger.dataset import TextCache, sample_latents
+from tiger.dataset import TextCache
 from tiger.knowledge import Knowledge
 from tiger.model import DualControlNet, Residuals, separate_surrogate, unet_with_residuals
 from tiger.pipeline import TigerPipeline
+from tiger.stage import Losses, SampleNoise, draw, image_grid, noised
 from tiger.terms import TermFrequencies, token_weights
 from tiger.tokenizer import encode_text
-from tiger.trainer import SampleNoise, image_grid
-
-GUIDANCE_SCALE, GUIDANCE_RESCALE = 3.0, 0.7  # of the validation grid
 
 
 class FineStage:
-    """Trains a DualControlNet made from `components.unet`. See trainer.Stage."""
+    """Trains a DualControlNet made from `components.unet`. See stage.Stage."""
 
     def __init__(
         self,
@@ -58,12 +55,8 @@ class FineStage:
         self.snr_gamma = snr_gamma
         self.text_dropout, self.fg_dropout, self.bg_dropout = text_dropout, fg_dropout, bg_dropout
         self.validation_inference_steps = validation_inference_steps
-        self.noise_schedule = DDPMScheduler.from_config(components.scheduler.config)
-        text_encoder = components.text_encoder.to(accelerator.device).eval()
-        components.unet.to(accelerator.device).eval()
-        self.read_text = TextCache(
-            lambda texts: encode_text(texts, components.tokenizer, text_encoder), text_cache_size
-        )
+        components.to(accelerator.device)
+        self.read_text = TextCache(self.encode, text_cache_size)
         self.model = DualControlNet.from_unet(
             components.unet,
             term_weighting=term_weighting,
@@ -81,59 +74,41 @@ class FineStage:
         ]
         self.frequencies = TermFrequencies()  # τ of the current global batch
 
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        """(B,) prompts -> (B, L, D) hidden states."""
+        return encode_text(texts, self.components.tokenizer, self.components.text_encoder)
+
     def begin_step(self, texts: Sequence[dict[str, str]]) -> None:
         """Count the terms of the global batch for this step, and add them to the table that inference will use."""
-        if self.model.term_weighting == "off":
-            return
-        self.frequencies = TermFrequencies.of([text["text_fg"] for text in texts], self.knowledge)
-        self.model.term_frequencies.update(self.frequencies)
+        if self.model.term_weighting != "off":
+            self.frequencies = TermFrequencies.of([text["text_fg"] for text in texts], self.knowledge)
+            self.model.term_frequencies.update(self.frequencies)
 
-    def loss(
-        self, batch: dict[str, Any], noise: SampleNoise, step: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """L_FG over the nodule and L_BG over the rest, each for the parameters it updates (`update`)."""
+    def loss(self, batch: dict[str, Any], noise: SampleNoise, step: int) -> Losses:
+        """L_FG over the nodule and L_BG over the rest, each for the parameters that `update` gives it."""
         device = self.accelerator.device
-        moments = batch["moments"].to(device)  # (B, 2C, h, w)
-        shape = (moments.shape[1] // 2, *moments.shape[2:])
-        latents = sample_latents(self.components.vae, moments, noise.randn(shape))
-        timesteps = noise.randint(self.noise_schedule.config.num_train_timesteps)
-        epsilon = noise.randn(shape)
-        noisy = diffusion.add_noise(self.noise_schedule, latents, epsilon, timesteps)
-        target = diffusion.target(self.noise_schedule, latents, epsilon, timesteps)
-        weights = None
-        if self.snr_gamma:
-            weights = diffusion.min_snr_weights(self.noise_schedule, timesteps, self.snr_gamma)
+        z = noised(self.components, batch["moments"].to(device), noise, self.snr_gamma)
         mask, sobel = batch["mask"].to(device), batch["sobel"].to(device)  # (B, 1, H, W)
-        dropped = (noise.rand() < self.text_dropout)[:, None, None]
+        dropped = noise.rand() < self.text_dropout
         states, fg_states, bg_states = self.states(batch, dropped)
+        term_weights = self.term_weights(batch["text_fg"], dropped)
+        keep = {"fg_keep": noise.rand() >= self.fg_dropout, "bg_keep": noise.rand() >= self.bg_dropout}
 
         def control(paths: str) -> Any:
-            return self.trainable(
-                noisy,
-                timesteps,
-                fg_states,
-                bg_states,
-                mask,
-                sobel,
-                term_weights=self.term_weights(batch["text_fg"], dropped[:, 0]),
-                fg_keep=fg_keep,
-                bg_keep=bg_keep,
-                paths=paths,
-            )
+            encoders = (fg_states, bg_states, mask, sobel)
+            return self.trainable(z.latents, z.timesteps, *encoders, term_weights=term_weights, paths=paths, **keep)
 
         def decode(residuals: Residuals) -> torch.Tensor:
             with self.accelerator.autocast():
-                return unet_with_residuals(self.components.unet, noisy, timesteps, states, residuals)
+                return unet_with_residuals(self.components.unet, z.latents, z.timesteps, states, residuals)
 
         def losses(prediction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return diffusion.masked_losses(prediction, target, mask, self.bg_region, weights)
+            return diffusion.masked_losses(prediction, z.target, mask, self.bg_region, z.weights)
 
-        fg_keep, bg_keep = noise.rand() >= self.fg_dropout, noise.rand() >= self.bg_dropout
         if self.update == "separate":
-            scaler = self.accelerator.scaler
-            loss, l_fg, l_bg = separate_surrogate(
-                *control("split"), decode, losses, scaler.get_scale() if scaler is not None else 1.0
-            )
+            for_fg, for_bg = control("split")
+            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0  # fp16's gradient scale
+            loss, l_fg, l_bg = separate_surrogate(for_fg, for_bg, decode, losses, scale)
         elif self.update == "alternate":
             branch = "fg" if step % 2 == 0 else "bg"
             l_fg, l_bg = losses(decode(control(branch)))
@@ -141,21 +116,22 @@ class FineStage:
         else:
             l_fg, l_bg = losses(decode(control("both")))
             loss = l_fg + l_bg
-        return loss, {"loss": (l_fg + l_bg).detach(), "loss_fg": l_fg.detach(), "loss_bg": l_bg.detach()}
+        l_fg, l_bg = l_fg.detach(), l_bg.detach()
+        return loss, {"loss": l_fg + l_bg, "loss_fg": l_fg, "loss_bg": l_bg}
 
     def states(self, batch: dict[str, Any], dropped: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Hidden states (B, L, D) of the joint, FG and BG prompts; the empty prompt's where `dropped` (B, 1, 1)."""
+        """Hidden states (B, L, D) of the joint, FG and BG prompts; of the empty prompt where `dropped` (B,)."""
         texts = [*batch["text"], *batch["text_fg"], *batch["text_bg"], ""]
-        *kinds, empty = self.read_text(texts).to(dropped.device).split(len(batch["text"]))
-        return tuple(torch.where(dropped, empty, states) for states in kinds)
+        *kinds, empty = self.read_text(texts).to(dropped.device).split(len(dropped))
+        return tuple(torch.where(dropped[:, None, None], empty[-1:], states) for states in kinds)
 
     def term_weights(self, texts: list[str], dropped: torch.Tensor) -> torch.Tensor | None:
-        """Weights (B, L) of the FG prompts' tokens; the empty prompt's where `dropped` (B, 1). None if off."""
+        """Weights (B, L) of the FG prompts' tokens; of the empty prompt's where `dropped` (B,). None if off."""
         if self.model.term_weighting == "off":
             return None
         weights = token_weights([*texts, ""], self.components.tokenizer, self.knowledge, self.frequencies)
         weights = weights.to(dropped.device)
-        return torch.where(dropped, weights[-1:], weights[:-1])
+        return torch.where(dropped[:, None], weights[-1:], weights[:-1])
 
     def save(self, folder: Path) -> None:
         """Encoders, fusion and term frequencies, each ControlNet in diffusers' layout."""
@@ -170,26 +146,12 @@ class FineStage:
     def pipeline(self) -> TigerPipeline:
         """The whole model as it stands."""
         parts = self.components
-        return TigerPipeline(
-            parts.vae, parts.text_encoder, parts.tokenizer, parts.unet, parts.scheduler, controlnet=self.model
-        )
+        return TigerPipeline(parts.vae, parts.text_encoder, parts.tokenizer, parts.unet, parts.scheduler, self.model)
 
     def validate(self) -> Image.Image:
         """From above: real images, their masks, their Sobel maps, and what the model makes of those and the prompts."""
-        pipeline = self.pipeline()
-        pipeline.set_progress_bar_config(disable=True)
         real, masks, maps = (torch.stack([item[key] for item in self.shown]) for key in ("image", "mask", "sobel"))
-        drawn = pipeline(
-            [item["text_fg"] for item in self.shown],
-            [item["text_bg"] for item in self.shown],
-            masks=masks,
-            maps=maps,
-            num_inference_steps=self.validation_inference_steps,
-            guidance_scale=GUIDANCE_SCALE,
-            guidance_rescale=GUIDANCE_RESCALE,
-            generator=[torch.Generator(self.accelerator.device).manual_seed(seed) for seed in range(len(real))],
-            output_type="pt",
-        ).images
+        drawn = draw(self.pipeline(), self.shown, self.validation_inference_steps, masks=masks, maps=maps)
         return image_grid([real / 2 + 0.5, masks, maps, drawn])
 
     def export(self, folder: Path) -> None:

@@ -55,7 +55,8 @@ def make_stage(
 
 def main(argv: list[str] | None = None) -> None:
     """Train until done or stopped."""
-    launch(parse(FinetuneConfig, argv), make_stage, with_conditions=True)
+    config = parse(FinetuneConfig, argv)
+    launch(config, make_stage, with_conditions=True, blank_nodule=config.blank_nodule)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ Item = tuple[str, int]  # class and number of an image
 MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "controlnet")
 SETTINGS = "generation.json"
 FOLDERS = {"file_name": "images", "condition_fg": "condition_fg", "condition_bg": "condition_bg"}
-MASK_TRAITS = ("diameter", "aspect", "shape")  # attributes that the mask itself shows
+MASK_TRAITS = ("diameter", "aspect", "shape", "margin")  # attributes that the mask itself shows
 DEFAULT_STRENGTH = 0.6
 PLACEMENTS = 8  # draws of the mask's place, of which the one that best covers the map's own nodule is kept
 # Settings that change which images are made, where and how fast, but not what an image looks like.
@@ -271,7 +271,7 @@ class Output:
         """Conditions first: where the image is, all is."""
         pictures = {"condition_fg": Image.fromarray(mask), "condition_bg": Image.fromarray(edges), "file_name": image}
         for column, picture in pictures.items():
-            with atomic_path(self.path(column, item)) as temporary:
+            with atomic_path(self.path(column, item), durable=False) as temporary:  # `has` finds torn files
                 picture.convert("L").save(temporary)
 
     def row(self, recipe: Recipe) -> Row:

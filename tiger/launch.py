@@ -17,16 +17,20 @@ from tiger.manifest import Manifest, Row
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from tiger.trainer import Stage
+    from tiger.stage import Stage
 
+MAX_TOKENS = 77  # of CLIP's text encoder, begin and end included
 MakeStage = Callable[[Any, Components, list[dict[str, Any]], Knowledge, "Accelerator"], "Stage"]
 
 
-def launch(config: TrainConfig, make_stage: MakeStage, *, with_conditions: bool) -> None:
+def launch(
+    config: TrainConfig, make_stage: MakeStage, *, with_conditions: bool = False, blank_nodule: bool = True
+) -> None:
     """Run one stage from its config to the finished model; nothing to do if that exists.
 
-    make_stage(config, components, validation items, knowledge, accelerator) builds the stage. with_conditions: the rows need masks
-    and Sobel maps. Everything that can be wrong with the input is checked before a model is loaded.
+    make_stage(config, components, validation items, knowledge, accelerator) builds the stage. with_conditions: the rows
+    need masks and Sobel maps; blank_nodule: the maps are zeroed inside the masks. All that can be wrong with the input
+    is checked before a model is loaded.
     """
     output_dir = Path(config.output_dir)
     if is_finished(config):
@@ -45,14 +49,13 @@ def launch(config: TrainConfig, make_stage: MakeStage, *, with_conditions: bool)
 
     accelerator = Accelerator()
     components = load_components(config.pretrained_model)
-    components.vae.to(accelerator.device)
     resolution = components.resolution(config.resolution)
-    options = {"with_conditions": with_conditions, "blank_nodule": getattr(config, "blank_nodule", True)}
+    options = {"with_conditions": with_conditions, "blank_nodule": blank_nodule}
     dataset = TigerDataset(train_rows, resolution, random_flip=config.random_flip, **options)
     shown = TigerDataset(validation_rows, resolution, **options)
     stage = make_stage(config, components, list(shown), knowledge, accelerator)  # type: ignore[arg-type]
     if accelerator.is_main_process:
-        print(summary(config, train_rows, stage, resolution, accelerator.num_processes), flush=True)
+        print(summary(config, train_rows, stage, components, resolution, accelerator.num_processes), flush=True)
     if config.dry_run:
         return
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -111,7 +114,11 @@ def read_rows(config: TrainConfig, knowledge: Knowledge, with_conditions: bool) 
     has_validation = any(row.split == config.validation_split for row in rows.rows)
     shown = select_split(rows, config.validation_split) if has_validation else train_rows
     shown = Manifest(rows.path, spread(shown.rows, config.validation_images))
-    manifest.check(Manifest(rows.path, (*train_rows.rows, *shown.rows)), conditions=with_conditions)
+    names = {row.file_name for row in train_rows.rows}
+    used = (*train_rows.rows, *(row for row in shown.rows if row.file_name not in names))
+    manifest.check(Manifest(rows.path, used), conditions=with_conditions)
+    if straddling := manifest.straddling_patients(rows.rows):
+        raise InputError(f"{rows.path}: {'; '.join(straddling)}")
     return train_rows, shown
 
 
@@ -137,15 +144,26 @@ def spread(rows: tuple[Row, ...], count: int) -> tuple[Row, ...]:
     return tuple(rows[index] for index in order[:count])
 
 
-def summary(config: TrainConfig, rows: Manifest, stage: "Stage", resolution: int, processes: int) -> str:
-    """What is about to be trained, a line each."""
+def summary(
+    config: TrainConfig, rows: Manifest, stage: "Stage", components: Components, resolution: int, processes: int
+) -> str:
+    """What is about to be trained on what, a line each."""
     trained = sum(p.numel() for p in stage.trainable.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for network in components.networks for p in network.parameters() if not p.requires_grad)
     batch = config.train_batch_size * config.gradient_accumulation_steps * processes
     counts = Counter(row.label or "no label" for row in rows.rows).most_common()
     patients = len({row.patient_id for row in rows.rows if row.patient_id})
-    return "\n".join([
-        f"data: {len(rows.rows)} images of {patients or 'unnamed'} patients, {resolution} px ("
-        + ", ".join(f"{label} {count}" for label, count in counts) + ")",
-        f"training: {trained / 1e6:.2f} M parameters, batch {batch}, {config.max_train_steps} steps "
-        f"= {config.max_train_steps * batch / len(rows.rows):.1f} epochs",
-    ])  # fmt: skip
+    texts = list(dict.fromkeys(row.text for row in rows.rows))
+    lengths = [len(ids) for ids in components.tokenizer(texts).input_ids]
+    cut = sum(length > MAX_TOKENS for length in lengths)
+    lines = [
+        f"data: {len(rows.rows)} images of {patients or 'unnamed'} patients at {resolution} px: "
+        + ", ".join(f"{label} {count}" for label, count in counts),
+        f"model: {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
+        f"training: {config.max_train_steps} steps of {batch} images, "
+        f"{config.max_train_steps * batch / len(rows.rows):.1f} epochs",
+    ]
+    if cut:
+        longest = texts[lengths.index(max(lengths))]
+        lines.append(f"warning: {cut} prompts are cut at {MAX_TOKENS} tokens; the longest: {longest}")
+    return "\n".join(lines)

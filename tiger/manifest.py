@@ -392,7 +392,7 @@ def _image_problems(path: Path, is_mask: bool) -> tuple[list[str], tuple[int, in
         problems.append(f"holds {image.format} under a {path.suffix} name: convert it to {expected}")
     if is_mask:
         mask = to_gray(image)
-        values = np.unique(mask)
+        values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
         if not (mask >= 128).any():
             hint = " (its values are 0 and 1: multiply by 255)" if values.max() == 1 else ""
             problems.append(f"the mask is empty{hint}: draw it or drop the row")

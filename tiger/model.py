@@ -255,8 +255,14 @@ def separate_surrogate(
     l_fg, l_bg = losses(decode(leaves))
     g_fg = torch.autograd.grad(l_fg * loss_scale, leaves, retain_graph=True)
     g_bg = torch.autograd.grad(l_bg * loss_scale, leaves)
-    terms = [(r.float() * g.float()).sum() for r, g in zip([*for_fg, *for_bg], [*g_fg, *g_bg], strict=True)]
-    return torch.stack(terms).sum() / loss_scale, l_fg.detach(), l_bg.detach()
+    products = [_dot(r, g) for r, g in zip([*for_fg, *for_bg], [*g_fg, *g_bg], strict=True)]
+    return torch.stack(products).sum() / loss_scale, l_fg.detach(), l_bg.detach()
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Sum of products, in float32 at least."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(dtype) * b.to(dtype)).sum()
 
 
 def _detach(residuals: Residuals) -> Residuals:

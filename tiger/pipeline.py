@@ -101,7 +101,8 @@ class TigerPipeline(DiffusionPipeline):
 
         masks: nodule masks, maps: Sobel maps, (B, 1, H, W) in [0, 1]. images: (B, 3, H, W) in [-1, 1]. Or PIL images.
         Sizes come from height and width (pixels), else from the first of these tensors, else from the U-Net's config.
-        images with strength in (0, 1] start from those images, noised (refinement, as in img2img).
+        images with strength in (0, 1) start from those images, noised (refinement, as in img2img). At strength 1
+        nothing of them is left, save with fg_then_bg.
         branches: "fused" in one pass, one encoder alone ("fg", "bg"), "none", or "fg_then_bg": FG first (with images,
         only inside the mask), then BG on that result, outside the mask.
         control_uncond: "null" is eq. 13, control in the conditional branch only; "text" controls both, with empty
@@ -112,44 +113,32 @@ class TigerPipeline(DiffusionPipeline):
         Raises InputError where arguments contradict each other.
         """
         self._check(text_fg, text_bg, masks, maps, images, strength, branches, control_uncond, generator)
+        if branches == "none":
+            masks = maps = None
         size = self._size(height, width, masks, maps, images)
         masks, maps = self._to_tensor(masks, size, "mask"), self._to_tensor(maps, size, "map")
         images = self._to_tensor(images, size, "image")
         init = None if images is None else self._encode_images(images)
 
         guided = guidance_scale > 1
-        both = guided and control_uncond == "text"  # control in both branches
         states = self._states(_joint(text_fg, text_bg), guided)
         latent_size = [side // self.vae_scale_factor for side in size]
         shape = (len(text_fg), self.unet.config["in_channels"], *latent_size)
 
-        def predict(branches: str, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            sample = self.scheduler.scale_model_input(latents, t)
-            residuals = control(branches, sample, t)
-            if residuals is not None and resolution_weighting:
-                residuals = [r * (sample.shape[-2] / r.shape[-2]) for r in residuals]
-            if residuals is not None and guided and not both:
-                residuals = [torch.cat([torch.zeros_like(r), r]) for r in residuals]  # (B, …) -> (2B, …)
-            output = unet_with_residuals(self.unet, _double(sample, guided), t, states, residuals)
-            if not guided:
-                return output
-            uncond, cond = output.chunk(2)
-            guided_output = uncond + guidance_scale * (cond - uncond)  # eq. 13
-            return rescale_noise_cfg(guided_output, cond, guidance_rescale) if guidance_rescale else guided_output
-
         def sample(branches: str, init: torch.Tensor | None, region: torch.Tensor | None, strength: float):
-            noise = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=states.dtype)  # type: ignore
-            return self._denoise(
-                lambda latents, t: predict(branches, latents, t),
-                noise, init, region, num_inference_steps, strength, generator, callback_on_step_end,
-            )  # fmt: skip
+            def predict(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+                latents = self.scheduler.scale_model_input(latents, t).to(states.dtype)
+                residuals = control(branches, latents, t)
+                output = unet_with_residuals(self.unet, _double(latents, guided), t, states, residuals)
+                return _guide(output.float(), guidance_scale, guidance_rescale) if guided else output.float()
 
-        setup = (
-            contextlib.nullcontext(lambda *_: None)
-            if branches == "none"
-            else self._control(text_fg, text_bg, masks, maps, both, fg_scale, bg_scale)
-        )
-        with setup as control:
+            # Latents stay in float32, whatever the networks run in: half precision cannot tell √(1−ᾱ) of late steps.
+            noise = randn_tensor(shape, generator, self._execution_device, torch.float32)  # type: ignore[arg-type]
+            steps = num_inference_steps
+            return self._denoise(predict, noise, init, region, steps, strength, generator, callback_on_step_end)
+
+        uncond = control_uncond if guided else "none"
+        with self._control(text_fg, text_bg, masks, maps, uncond, resolution_weighting, fg_scale, bg_scale) as control:
             if branches == "fg_then_bg":
                 assert masks is not None  # checked above
                 nodule = latent_mask(masks, latent_size)
@@ -206,22 +195,28 @@ class TigerPipeline(DiffusionPipeline):
         text_bg: Sequence[str],
         masks: torch.Tensor | None,
         maps: torch.Tensor | None,
-        both: bool,
+        uncond: str,
+        resolution_weighting: bool,
         fg_scale: float,
         bg_scale: float,
     ) -> Iterator[Control]:
-        """A function that gives the residuals at a step. Texts and conditions are encoded once, here.
+        """A function that gives the U-Net's residuals at a step. Texts and conditions are encoded once, here.
 
-        both: for the unconditional branch (empty prompts) too: residuals (2B, …) instead of (B, …).
+        uncond: the control of the unconditional branch, "text" or "null" (zeros), both giving residuals (2B, …) with
+        that branch first; "none" where there is no such branch, residuals (B, …).
         """
         net = self.controlnet
+        if net is None or (masks is None and maps is None):
+            yield lambda *_: None
+            return
+        both = uncond == "text"
         fg_states, bg_states = self._states(text_fg, both), self._states(text_bg, both)
         weights = self._term_weights(text_fg, both)
         with net.embedded_conditions(masks, maps) as (mask_embedding, map_embedding):
 
-            def control(branches: str, sample: torch.Tensor, t: torch.Tensor) -> Residuals | None:
-                return net(
-                    _double(sample, both),
+            def control(branches: str, latents: torch.Tensor, t: torch.Tensor) -> Residuals | None:
+                residuals = net(
+                    _double(latents, both),
                     t,
                     fg_states,
                     bg_states,
@@ -231,6 +226,11 @@ class TigerPipeline(DiffusionPipeline):
                     fg_scale=fg_scale,
                     bg_scale=bg_scale,
                 )
+                if resolution_weighting:
+                    residuals = [r * (latents.shape[-2] / r.shape[-2]) for r in residuals]
+                if uncond == "null":
+                    residuals = [torch.cat([torch.zeros_like(r), r]) for r in residuals]  # (B, …) -> (2B, …)
+                return residuals
 
             yield control
 
@@ -251,9 +251,9 @@ class TigerPipeline(DiffusionPipeline):
         )
 
     def _encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) latents: the posterior's mode, so that nothing is left to chance."""
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32: the posterior's mode, so that nothing is left to chance."""
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
-        return posterior.mode() * self.vae.config["scaling_factor"]
+        return posterior.mode().float() * self.vae.config["scaling_factor"]
 
     def _size(self, height: int | None, width: int | None, *given: Images | None) -> tuple[int, int]:
         """Height and width in pixels."""
@@ -320,6 +320,16 @@ class TigerPipeline(DiffusionPipeline):
 def _joint(text_fg: Sequence[str], text_bg: Sequence[str]) -> list[str]:
     """The prompt of the U-Net: FG text, then BG text."""
     return [", ".join(part for part in pair if part) for pair in zip(text_fg, text_bg, strict=True)]
+
+
+def _guide(output: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
+    """Classifier-free guidance, (2B, …) unconditional first -> (B, …): `ε_uncond + β (ε_cond − ε_uncond)` (eq. 13).
+
+    rescale: the share of Lin et al. 2023, https://arxiv.org/abs/2305.08891, §3.4, which undoes the growth of contrast.
+    """
+    uncond, cond = output.chunk(2)
+    guided = uncond + scale * (cond - uncond)
+    return rescale_noise_cfg(guided, cond, rescale) if rescale else guided
 
 
 def _double(tensor: torch.Tensor | None, twice: bool) -> Any:

@@ -48,7 +48,7 @@ def make_stage(
 
 def main(argv: list[str] | None = None) -> None:
     """Train until done or stopped."""
-    launch(parse(PretrainConfig, argv), make_stage, with_conditions=False)
+    launch(parse(PretrainConfig, argv), make_stage)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def token_deltas(
 ) -> dict[int, float]:
     """Token index -> δ, for the tokens of particular (0) and joint (τ) terms.
 
-    offsets: the span of characters in `text` that each token covers; special tokens have the empty span (0, 0).
+    offsets: the span of characters in `text` that each token covers; special tokens have the empty span (0, 0), which
+    meets no term.
     """
     deltas = {}
     for span in knowledge.term_classes(text):
@@ -70,6 +71,6 @@ def token_deltas(
             continue
         delta = 0.0 if span.kind == "particular" else frequencies.tau(span.term)
         for index, (start, end) in enumerate(offsets):
-            if start < end and start < span.end and end > span.start:
+            if start < span.end and end > span.start:
                 deltas[index] = delta
     return deltas

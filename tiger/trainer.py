@@ -1,7 +1,7 @@
 """The one training loop, shared by both stages.
 
-Everything random is a function of (seed, optimizer step, place in the global batch), so a run that resumes from a checkpoint
-continues as if it had never stopped, and no random state needs saving.
+Everything random is a function of (seed, optimizer step, place in the global batch), so a run that resumes from a
+checkpoint continues as if it had never stopped, and no random state needs saving.
 """
 
 import contextlib
@@ -10,9 +10,9 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,69 +25,14 @@ from tqdm import tqdm
 from tiger import checkpoint
 from tiger.dataset import StepSampler, TigerDataset, batch_indices, places
 from tiger.files import atomic_path
-
-
-class SampleNoise:
-    """Random draws for one batch, each image from a generator of its own, so that no draw depends on how the batch is cut.
-
-    As NVlabs/edm2's StackedRandomGenerator (https://github.com/NVlabs/edm2/blob/main/generate_images.py).
-    """
-
-    def __init__(self, seed: int, step: int, places: range, device: torch.device):
-        self.generators = [torch.Generator(device).manual_seed(derive_seed(seed, step, place)) for place in places]
-
-    def randn(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-        """(B, *shape) standard normal."""
-        return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in self.generators])
-
-    def rand(self) -> torch.Tensor:
-        """(B,) uniform in [0, 1)."""
-        return torch.cat([torch.rand(1, generator=g, device=g.device) for g in self.generators])
-
-    def randint(self, high: int) -> torch.Tensor:
-        """(B,) int64, uniform in 0..high-1."""
-        return torch.cat([torch.randint(high, (1,), generator=g, device=g.device) for g in self.generators])
-
-
-def derive_seed(*entropy: int) -> int:
-    """One 64-bit seed from several integers."""
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-
-
-class Stage(Protocol):
-    """What differs between the stages."""
-
-    trainable: torch.nn.Module  # all that is trained, in one module; train() replaces it by accelerate's wrapper
-    optimizers: list[torch.optim.Optimizer]  # over the trainable's parameters, at their peak learning rates
-
-    def loss(
-        self, batch: dict[str, Any], noise: SampleNoise, step: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The scalar to call backward on, and detached scalars to log, "loss" among them."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write the weights being trained."""
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
-        ...
-
-    def validate(self) -> Image.Image:
-        """The same images drawn anew from fixed seeds, beside the real ones."""
-        ...
-
-    def export(self, folder: Path) -> None:
-        """Write a complete diffusers folder."""
-        ...
+from tiger.stage import SampleNoise, Stage, derive_seed
 
 
 class Ema:
     """Moving average of parameters; its decay rises as (1 + n) / (10 + n) with step n, up to a limit.
 
-    This is the warm-up of tf.train.ExponentialMovingAverage. It averages over about the last tenth of training until the
-    limit is reached, so that short runs profit too.
+    This is the warm-up of tf.train.ExponentialMovingAverage. Until the limit is reached it averages over about the last
+    tenth of training, so that short runs profit too.
     """
 
     def __init__(self, module: torch.nn.Module, max_decay: float):
@@ -127,7 +72,10 @@ class Ema:
 
 
 class Log:
-    """Means of what steps log: to the progress bar, metrics.jsonl and tensorboard. Nothing waits for the device in between."""
+    """Means of what steps log, to the progress bar, metrics.jsonl and tensorboard.
+
+    Values stay on the device between two calls of `write`: no step waits for it.
+    """
 
     def __init__(self, output_dir: Path, start: int, stop: int, images_per_step: int, enabled: bool):
         self.path = output_dir / "metrics.jsonl"
@@ -141,8 +89,10 @@ class Log:
 
             drop_lines_after(self.path, start)
             self.board = SummaryWriter(str(output_dir / "logs"), purge_step=start)
-        self.bar = tqdm(total=stop, initial=start, desc="training", unit="step", disable=not enabled, dynamic_ncols=True,
-                        mininterval=0.5 if sys.stderr.isatty() else 10.0)  # fmt: skip
+        interval = 0.5 if sys.stderr.isatty() else 10.0  # seconds; log files stay short
+        self.bar = tqdm(
+            total=stop, initial=start, desc="training", unit="step", mininterval=interval, disable=not enabled
+        )
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         """Take in the values of one step."""
@@ -153,12 +103,11 @@ class Log:
         self.bar.update()
 
     def write(self, step: int, learning_rate: float, accelerator: Accelerator) -> None:
-        """Log the means since the last call. Raises FloatingPointError if the loss is no longer a number."""
+        """Log the means since the last call."""
+        self.check(step)
         sums = torch.stack(list(self.sums.values())) / self.steps
-        means = dict(zip(self.sums, accelerator.reduce(sums, reduction="mean").tolist(), strict=True))  # type: ignore[union-attr]
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"the loss became {means['loss']} between steps {step - self.steps} and {step}; the "
-                                     "checkpoints before are intact; try a lower --learning_rate")  # fmt: skip
+        reduced: Any = accelerator.reduce(sums, reduction="mean")
+        means = dict(zip(self.sums, reduced.tolist(), strict=True))
         rate = self.images_per_step * self.steps / max(self.seconds, 1e-9)
         values = means | {"learning_rate": learning_rate, "images_per_second": rate}
         if self.enabled:
@@ -170,6 +119,15 @@ class Log:
                 f"loss {means['loss']:.4f}, lr {learning_rate:.2g}, {rate:.1f} images/s", refresh=False
             )
         self.sums, self.steps, self.seconds = {}, 0, 0.0
+
+    def check(self, step: int) -> None:
+        """Raise FloatingPointError if anything logged since the last call of `write` is no longer a finite number."""
+        for name, value in self.sums.items():
+            if not math.isfinite(value.item()):
+                raise FloatingPointError(
+                    f"{name} became {value.item()} between steps {step - self.steps} and {step}; the checkpoints "
+                    "before are intact; try a lower --learning_rate"
+                )
 
     def add_image(self, image: Image.Image, step: int) -> None:
         """Show a grid in tensorboard."""
@@ -226,7 +184,7 @@ def train(
     log_steps: int,
     dataloader_num_workers: int,
 ) -> bool:
-    """Train `stage` from the newest valid checkpoint in `output_dir`, or from the start, and save the finished model there.
+    """Train `stage` from the newest valid checkpoint in `output_dir`, or from the start; the finished model goes there.
 
     weights: (N,) drawing probabilities of the rows, or None. ema_decay: None for no average.
     Returns False if a signal stopped it early; then a checkpoint of the last step was saved.
@@ -241,32 +199,22 @@ def train(
     start = checkpoint.step_of(resumed) if resumed else 0
     stage.trainable = accelerator.prepare(stage.trainable)
     optimizers = [accelerator.prepare(optimizer) for optimizer in stage.optimizers]
-    sampler = StepSampler(len(dataset), weights, seed=seed, batch_size=train_batch_size, rank=rank, world=world,
-                          accumulation=gradient_accumulation_steps, start=start, stop=max_train_steps)  # fmt: skip
-    batches = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=dataloader_num_workers))
+    cut = {"batch_size": train_batch_size, "accumulation": gradient_accumulation_steps, "rank": rank, "world": world}
+    sampler = StepSampler(len(dataset), weights, seed=seed, start=start, stop=max_train_steps, **cut)
     images_per_step = train_batch_size * gradient_accumulation_steps * world
     log = Log(output_dir, start, max_train_steps, images_per_step, accelerator.is_main_process)
     averaged = ema.applied if ema else contextlib.nullcontext
     step = start
     with stop_signal() as stop, contextlib.closing(log):
+        batches = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=dataloader_num_workers))
         while step < max_train_steps:
             began = time.perf_counter()
             factor = lr_factor(lr_scheduler, step, lr_warmup_steps, max_train_steps)
             set_rates(stage.optimizers, peak_rates, factor)
             rows = batch_indices(seed, step, images_per_step, len(dataset), weights)
             stage.begin_step([dataset.texts(row) for row in rows])
-            logged: dict[str, torch.Tensor] = {}
-            for micro in range(gradient_accumulation_steps):
-                here = places(micro, train_batch_size, rank, world)
-                torch.manual_seed(derive_seed(seed, step, here.start))  # for models that have dropout layers
-                noise = SampleNoise(seed, step, range(here.start, here.stop), accelerator.device)
-                last = micro == gradient_accumulation_steps - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(stage.trainable):
-                    loss, values = stage.loss(next(batches), noise, step)
-                    accelerator.backward(loss / gradient_accumulation_steps)
-                for name, value in values.items():
-                    logged[name] = logged.get(name, 0.0) + value.detach() / gradient_accumulation_steps
-            logged["grad_norm"] = accelerator.clip_grad_norm_(parameters, max_grad_norm)  # type: ignore[assignment]
+            logged = accumulate(accelerator, stage, batches, seed, step, **cut)
+            logged["grad_norm"] = torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_grad_norm))
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -276,10 +224,10 @@ def train(
             log.add(logged)
             log.seconds += time.perf_counter() - began
             if step % log_steps == 0 or step == max_train_steps:
-                began = time.perf_counter()
                 log.write(step, peak_rates[0][0] * factor, accelerator)
             stopping = stop.requested(accelerator, step % log_steps == 0)
             if step % checkpointing_steps == 0 or step == max_train_steps or stopping:
+                log.check(step)  # before weights that are no numbers are saved
                 if accelerator.is_main_process:
                     checkpoint.save(output_dir, step, lambda folder: save(folder, stage, ema, config_text))
                     checkpoint.rotate(output_dir, checkpoints_total_limit)
@@ -298,6 +246,25 @@ def train(
             checkpoint.publish(output_dir, step, stage.export)
     accelerator.wait_for_everyone()
     return True
+
+
+def accumulate(
+    accelerator: Accelerator, stage: Stage, batches: Iterator[dict[str, Any]], seed: int, step: int, *,
+    batch_size: int, accumulation: int, rank: int, world: int,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Leave the gradients of one optimizer step in the parameters; return the means of what the stage logs."""
+    logged: dict[str, torch.Tensor] = {}
+    for micro in range(accumulation):
+        here = places(micro, batch_size, rank, world)
+        torch.manual_seed(derive_seed(seed, step, here.start))  # for models that have dropout layers
+        noise = SampleNoise(seed, step, range(here.start, here.stop), accelerator.device)
+        last = micro == accumulation - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(stage.trainable):
+            loss, values = stage.loss(next(batches), noise, step)
+            accelerator.backward(loss / accumulation)
+        for name, value in values.items():
+            logged[name] = logged.get(name, 0.0) + value.detach() / accumulation
+    return logged
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], peak_rates: list[list[float]], factor: float) -> None:
@@ -349,7 +316,8 @@ class StopFlag:
         if not agree:
             return False
         asked = torch.tensor(float(self.signal is not None), device=accelerator.device)
-        return bool(accelerator.reduce(asked, reduction="sum").item() > 0)  # type: ignore[union-attr]
+        answers: Any = accelerator.reduce(asked, reduction="sum")
+        return answers.item() > 0
 
 
 @contextlib.contextmanager
@@ -362,10 +330,3 @@ def stop_signal() -> Iterator[StopFlag]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def image_grid(rows: Sequence[torch.Tensor]) -> Image.Image:
-    """Rows of images, (B, 1 or 3, H, W) in [0, 1] each, the first on top."""
-    lines = [torch.cat(list(row.detach().cpu().float().expand(-1, 3, -1, -1)), dim=-1) for row in rows]  # (3, H, B·W)
-    pixels = torch.cat(lines, dim=-2).clamp(0, 1).mul(255).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

@@ -42,8 +42,12 @@ def read_records(input_dir: Path) -> list[dict[str, str]]:
     path = input_dir / "init_image" / "metadata.jsonl"
     if not path.is_file():
         raise InputError(f"{path}: no such file; --input is the folder that holds {', '.join(FOLDERS)}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

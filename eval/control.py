@@ -1,0 +1,229 @@
+"""Do generated images show what was asked of them: the mask, the Sobel map, the attributes?
+
+    python -m eval.control --fake runs/generated --real runs/data --judges assets/judges --output control.json
+
+Each figure stands between a floor, the same images judged against another image's request, and a ceiling, the same
+judge on held-out real images, whose classes are weighted as those of the generated ones. Judges see the image alone.
+"""
+
+import argparse
+import shlex
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval import statistics
+from eval.attributes import encode
+from eval.images import group_of, load_images, load_masks, name_rows, read_split, require_column
+from eval.judges import (
+    AttributeNet,
+    Segmenter,
+    load_attribute_net,
+    load_segmenter,
+    mask_iou,
+    predict_attributes,
+    segment,
+)
+from tiger.conditions import read_gray, read_mask, sobel_map
+from tiger.errors import InputError, run
+from tiger.files import write_json
+from tiger.knowledge import Knowledge
+from tiger.manifest import Manifest
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One value an image, with what is needed to average and to bootstrap it."""
+
+    values: np.ndarray  # (N,) float
+    labels: np.ndarray  # (N,) class names
+    groups: np.ndarray  # (N,) patient, or the real image that a generated one was drawn after
+
+
+def judged(values: np.ndarray, rows: Manifest) -> Judged:
+    """Values with the labels and groups of their rows."""
+    labels = np.array([str(row.label) for row in rows.rows])
+    return Judged(values, labels, np.array([group_of(row) for row in rows.rows]))
+
+
+def mean(these: Judged, weights: dict[str, float] | None = None) -> dict[str, float]:
+    """{n, value, low, high} of the mean; `weights` are the shares of the classes in it, default as they are."""
+
+    def metric(labels: np.ndarray, values: np.ndarray) -> float:
+        if weights is None:
+            return float(values.mean())
+        present = set(labels.tolist())
+        if not weights.keys() <= present:
+            raise ValueError("a resample without one of the classes")
+        return float(sum(share * values[labels == label].mean() for label, share in weights.items()))
+
+    kept = np.isin(these.labels, list(weights)) if weights is not None else np.ones(len(these.values), bool)
+    value, low, high = statistics.cluster_bootstrap_ci(
+        metric, these.labels[kept], these.values[kept], these.groups[kept], RESAMPLES, 0
+    )
+    return {"n": int(kept.sum()), "value": value, "low": low, "high": high}
+
+
+def shuffled(count: int) -> np.ndarray:
+    """(count,) a fixed random order in which nothing keeps its place."""
+    order = np.random.default_rng(0).permutation(count)
+    moved = np.empty(count, np.int64)
+    moved[order] = np.roll(order, 1)
+    return moved
+
+
+def compare(generated: Judged, floor: Judged, real: Judged) -> dict[str, Any]:
+    """The generated mean between floor and ceiling, overall and per class, and its ratio to the ceiling."""
+    share = Counter(generated.labels.tolist())
+    common = {label: n for label, n in share.items() if label in set(real.labels.tolist())}
+    weights = {label: n / sum(common.values()) for label, n in common.items()}
+    result: dict[str, Any] = {"generated": mean(generated), "ceiling": mean(real, weights), "floor": mean(floor)}
+    result["ratio_to_ceiling"] = ratio(result["generated"], result["ceiling"])
+    result["per_class"] = {}
+    for label in common:
+        parts = [Judged(j.values[j.labels == label], j.labels[j.labels == label], j.groups[j.labels == label])
+                 for j in (generated, real)]  # fmt: skip
+        ours, theirs = (mean(part) for part in parts)
+        result["per_class"][label] = {"generated": ours, "ceiling": theirs, "ratio_to_ceiling": ratio(ours, theirs)}
+    return result
+
+
+def ratio(ours: dict[str, float], ceiling: dict[str, float]) -> float | None:
+    """How much of the ceiling is reached; None where the ceiling is nothing."""
+    return ours["value"] / ceiling["value"] if ceiling["value"] else None
+
+
+def mask_control(net: Segmenter, fake: Manifest, real: Manifest) -> dict[str, Any]:
+    """IoU of the requested mask with the nodule that the segmenter finds."""
+    found, wanted = segment(net, load_images(fake, net.resolution)), load_masks(fake, net.resolution)
+    of_real = mask_iou(segment(net, load_images(real, net.resolution)), load_masks(real, net.resolution))
+    others = wanted[shuffled(len(wanted))]
+    return compare(judged(mask_iou(found, wanted), fake), judged(mask_iou(found, others), fake), judged(of_real, real))
+
+
+def correlation(edges: np.ndarray, image: np.ndarray, region: np.ndarray) -> float:
+    """Pearson correlation of a Sobel map with that of an image, over a region; 0 where either is flat. (H, W) each."""
+    a, b = edges[region].astype(float), sobel_map(image)[region].astype(float)
+    a, b = a - a.mean(), b - b.mean()
+    norm = np.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / norm) if norm > 0 else 0.0
+
+
+def requests(rows: Manifest) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(requested map, image, region to compare) of each row: outside the mask where the map is blank inside it."""
+    require_column(rows, "condition_bg")
+    found = []
+    for row in rows.rows:
+        image, edges = (read_gray(rows.file(row, column)) for column in ("file_name", "condition_bg"))
+        mask = read_mask(rows.file(row, "condition_fg")) > 0 if row.condition_fg else np.zeros(edges.shape, bool)
+        if not image.shape == edges.shape == mask.shape:
+            raise InputError(f"{rows.path}: {row.file_name}: image, mask and Sobel map differ in size; make them one")
+        found.append((edges, image, np.ones_like(mask) if edges[mask].any() else ~mask))
+    return found
+
+
+def sobel_control(fake: Manifest, real: Manifest) -> dict[str, Any]:
+    """Correlation of the requested Sobel map with the map of the generated image."""
+    of_fake, of_real = requests(fake), requests(real)
+    if len({image.shape for _, image, _ in of_fake}) > 1:
+        raise InputError(f"{fake.path}: images of several sizes cannot be set against each other's maps")
+    own, real_own = (np.array([correlation(*item) for item in items]) for items in (of_fake, of_real))
+    others = [of_fake[k][0] for k in shuffled(len(of_fake))]
+    floor = [correlation(edges, image, region) for edges, (_, image, region) in zip(others, of_fake, strict=True)]
+    blanked = sum(not region.all() for _, _, region in of_fake)
+    where = {"images_compared_outside_the_mask": blanked, "images_compared_in_whole": len(of_fake) - blanked}
+    return where | compare(judged(own, fake), judged(np.array(floor), fake), judged(real_own, real))
+
+
+def attribute_control(net: AttributeNet, fake: Manifest, real: Manifest, knowledge: Knowledge) -> dict[str, Any]:
+    """Share of the attributes in a row, or else in its prompt, that the attribute net sees in the image."""
+    encode(fake, net.categories)
+    encode(real, net.categories)
+    seen, real_seen = (predict_attributes(net, load_images(rows, net.resolution)) for rows in (fake, real))
+    asked, real_asked = (
+        [dict(row.attributes) or knowledge.parse(row.text).attributes for row in rows.rows] for rows in (fake, real)
+    )
+    silent = [row.file_name for row, stated in zip(fake.rows, asked, strict=True) if not stated]
+    if silent:
+        raise InputError(f"{fake.path}: rows that state no attribute, in `attributes` or prompt: {name_rows(silent)}")
+    other = [asked[k] for k in shuffled(len(asked))]
+
+    def share(names: list[str]) -> dict[str, Any]:
+        """Over these categories: the mean over an image's stated ones, then over images."""
+        parts = []
+        for rows, found, stated in ((fake, seen, asked), (fake, seen, other), (real, real_seen, real_asked)):
+            values = [
+                float(np.mean([f[name] == s[name] for name in names if name in s] or [np.nan]))
+                for f, s in zip(found, stated, strict=True)
+            ]
+            every = judged(np.array(values), rows)
+            kept = np.isfinite(every.values)
+            parts.append(Judged(every.values[kept], every.labels[kept], every.groups[kept]))
+        return compare(*parts) if all(len(part.values) for part in parts) else {}
+
+    stated_somewhere = [
+        name for name in net.categories if any(name in s for s in asked) and any(name in s for s in real_asked)
+    ]
+    categories = {name: share([name]) for name in stated_somewhere}
+    return {**share(stated_somewhere), "categories": categories}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m eval.control",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--fake", required=True, help="manifest of generated images, with the conditions they were made for"
+    )
+    parser.add_argument("--real", required=True, help="manifest of real images, for the ceiling")
+    parser.add_argument("--split", default="test", help="split of --real (default: test)")
+    parser.add_argument(
+        "--judges", default="assets/judges", help="folder with segmenter/ and attributes/ (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--knowledge", default="thyroid", help="knowledge base that prompts are read with (default: thyroid)"
+    )
+    parser.add_argument("--output", required=True, help="JSON file")
+    parser.add_argument("--dry_run", action="store_true", help="check the input and judge nothing")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = _parser().parse_args(argv)
+    segmenter = load_segmenter(Path(args.judges) / "segmenter")
+    attribute_net = load_attribute_net(Path(args.judges) / "attributes")
+    fake, real = read_split(args.fake, None, synthetic=True), read_split(args.real, args.split, synthetic=False)
+    if len(fake.rows) < 2:
+        raise InputError(f"{fake.path}: at least two generated images are needed")
+    labels = {row.label for row in fake.rows} & {row.label for row in real.rows}
+    if not labels:
+        raise InputError(f"{fake.path}: no class in common with split '{args.split}' of {real.path}")
+    if args.dry_run:
+        print(f"{len(fake.rows)} generated and {len(real.rows)} real images: fine; nothing judged")
+        return
+    report = {
+        "command": f"python -m eval.control {shlex.join(sys.argv[1:] if argv is None else argv)}",
+        "n": {"generated": len(fake.rows), "real": len(real.rows)},
+        "interval": f"95 %, {RESAMPLES} bootstrap resamples over patients, or the source images of generated ones",
+        "mask_iou": mask_control(segmenter, fake, real),
+        "sobel_correlation": sobel_control(fake, real),
+        "attribute_agreement": attribute_control(attribute_net, fake, real, Knowledge.load(args.knowledge)),
+    }
+    write_json(args.output, report)
+    for name in ("mask_iou", "sobel_correlation", "attribute_agreement"):
+        ours, ceiling, floor = (report[name][part]["value"] for part in ("generated", "ceiling", "floor"))
+        print(f"{name}: {ours:.3f} of {ceiling:.3f} (shuffled {floor:.3f})")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,414 @@
+"""The report's page: plain HTML with its pictures inside, readable without a network or a script."""
+
+import base64
+import html
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval import charts
+from eval.results import Results, headline, roc_curves
+from tiger.conditions import read_gray, read_mask
+from tiger.manifest import Manifest, Row
+
+ROOT = Path(__file__).resolve().parents[1]
+ARM_NAMES = {
+    "none": "real images as they are",
+    "oversampling": "oversampling",
+    "tiger_f": "Tiger-F",
+    "real_upper": "equally many real images",
+}
+CONTROLS = {
+    "mask_iou": "IoU of the requested mask with the nodule found in the image",
+    "sobel_correlation": "correlation of the requested Sobel map with the image's own",
+    "attribute_agreement": "share of the prompt's attributes that are seen in the image",
+}
+METRICS = {
+    "fid": "FID ↓",
+    "kid": "KID ↓",
+    "density": "density ↑",
+    "coverage": "coverage ↑",
+    "precision": "precision ↑",
+    "recall": "recall ↑",
+}
+PAIRINGS = {
+    "random": "synthetic with a random real one of its class",
+    "random real": "two real ones of a class",
+    "condition": "synthetic with the real one whose Sobel map it was drawn after",
+    "nearest": "synthetic with the nearest training image",
+    "nearest real": "real test image with the nearest training image",
+}
+TILE = 128  # px
+COLUMNS = 8  # tiles a row
+
+
+def page(results: Results, figures: Mapping[str, Any], title: str) -> str:
+    """The whole page."""
+    sections = {
+        "Benefit": benefit_section(results),
+        "Control": control_section(results),
+        "Quality": quality_section(results),
+        "Samples": samples_section(results),
+        "Conditions": conditions_section(results),
+        "Data": data_section(results),
+        "Training": training_section(results),
+        "Commands": commands_section(results),
+    }
+    shown = {name: body for name, body in sections.items() if body}
+    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in shown)
+    machine = figures["machine"]
+    made_on = f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}"
+    commit = f"; code at {machine['commit'][:12]}" if machine["commit"] else ""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>
+{(Path(__file__).parent / "report.css").read_text(encoding="utf-8")}</style>
+</head>
+<body>
+<main>
+<header>
+<h1>{escape(title)}</h1>
+<p class="soft">{escape(results.folder)} on {escape(made_on)}{escape(commit)}. Every figure is also in report.json.
+For research; not for diagnosis.</p>
+<nav>{links}</nav>
+</header>
+{cards(results)}
+{"".join(shown.values())}
+</main>
+</body>
+</html>
+"""
+
+
+# ------------------------------------------------------------------------------------------------------------- sections
+
+
+def cards(results: Results) -> str:
+    """The figures to see first: the benefit for the two rarest classes, and the three kinds of control."""
+    shown: list[tuple[str, str]] = []
+    if results.classify:
+        tasks, training = headline(results.classify), results.classify["n"]["train"]
+        for task in sorted(tasks, key=lambda task: training[task.split(" vs ")[1]])[:2]:
+            arms = tasks[task]
+            if {"tiger_f", "oversampling"} <= arms.keys():
+                ours, theirs = (number(arms[arm]["value"]) for arm in ("tiger_f", "oversampling"))
+                shown.append((ours, f"AUC {task} with Tiger-F, against {theirs} with oversampling"))
+    for name, title in CONTROLS.items() if results.control else ():
+        part = (results.control or {})[name]
+        shown.append(
+            (number(part["generated"]["value"]), f"{title}, of {number(part['ceiling']['value'])} in real ones")
+        )
+    boxes = "".join(f'<div class="card"><b>{value}</b><span>{escape(text)}</span></div>' for value, text in shown)
+    return f'<div class="cards">{boxes}</div>'
+
+
+def benefit_section(results: Results) -> str:
+    """AUC of every arm on every task."""
+    report = results.classify
+    if report is None:
+        return ""
+    tasks = headline(report)
+    titles = {task: task.replace(" vs ", " against ") for task in tasks}
+    arms = {arm: str(ARM_NAMES.get(arm, arm)) for arm in report["arms"]}
+    head = ["arm", *map(escape, titles.values()), "all classes (macro)", "balanced accuracy"]
+    names = [*(f"auc {task}" for task in tasks), "macro_auc", "balanced_accuracy"]
+    estimates = {
+        title: {arms[arm]: bounds(entry) for arm, entry in tasks[task].items()} for task, title in titles.items()
+    }
+    values = [[escape(arms[arm]), *(interval(of[name]) for name in names)] for arm, of in report["arms"].items()]
+    gains = [
+        [escape(arms[arm]), *(interval(of[name]["minus_oversampling"]) for name in names)]
+        for arm, of in report["arms"].items()
+        if all("minus_oversampling" in of[name] for name in names)
+    ]
+    settings = report["settings"]
+    seeds = len(next(iter(report["arms"].values()))["seeds"])
+    text = (
+        f"Test figures of {settings['model']}, trained from {'ImageNet' if settings['weights'] else 'scratch'} for "
+        f"{settings['max_train_steps']:,} steps in every arm, mean of {plural(seeds, 'seed')}. AUC is between the two "
+        f"classes named. In brackets, the interval: {report['interval']}. Tiger-F puts "
+        f"{settings['synthetic_share']:.0%} synthetic images into every class of each batch; all arms but the first "
+        "draw each class equally often."
+    )
+    return section(
+        "benefit",
+        "Does a classifier learn the rare classes better?",
+        f"<p>{escape(text)} {made_by(results, 'classify')}</p>",
+        image(charts.interval_chart(estimates, "test AUC"), "AUC with its 95 % interval, by arm."),
+        table(head, values),
+        "<h3>Difference to oversampling</h3>" + table(head, gains) if gains else "",
+        roc_figure(results, titles, arms),
+        "<h3>Number of images</h3>" + pools_table(report["n"]),
+        realism_text(report),
+    )
+
+
+def roc_figure(results: Results, titles: Mapping[str, str], arms: Mapping[str, str]) -> str:
+    """ROC curves of every task and arm."""
+    scores = results.folder / "classify" / "scores.csv"
+    if not scores.is_file():
+        return ""
+    curves = roc_curves(scores, titles)
+    named = {titles[task]: {arms[arm]: curve for arm, curve in of.items()} for task, of in curves.items()}
+    return image(charts.roc_chart(named), f"ROC on the test split. {made_by(results, 'classify')}")
+
+
+def pools_table(pools: Mapping[str, Mapping[str, int]]) -> str:
+    """Images of each class in each pool and split."""
+    names = {"train": "real, train", "valid": "real, valid", "test": "real, test", "extra_real": "further real, train"}
+    classes = list(pools["train"])
+    rows = [
+        [names.get(pool, pool), *(number(n[label]) for label in classes)]
+        for pool, n in pools.items()
+        if any(n.values())
+    ]
+    return table(["images", *map(escape, classes)], rows)
+
+
+def realism_text(report: Mapping[str, Any]) -> str:
+    """The classifier two-sample test."""
+    if "real_vs_synthetic" not in report:
+        return ""
+    entry = report["real_vs_synthetic"]
+    value = interval({"value": entry["auc"], **entry})
+    text = f"A classifier trained to do so reaches an AUC of <b>{value}</b> on {number(entry['n_test'])} other images"
+    return f"<h3>Can synthetic images be told from real ones?</h3><p>{text}; 0.5 would be perfect realism.</p>"
+
+
+def control_section(results: Results) -> str:
+    """Masks, maps and attributes: what was asked for against what judges see."""
+    report = results.control
+    if report is None:
+        return ""
+    head = ["", "generated", "ceiling", "of ceiling", "floor"]
+    categories = report["attribute_agreement"]["categories"]
+    of_class = [
+        control_row(f"{label}: {name.replace('_', ' ')}", report[name]["per_class"][label])
+        for label in report["mask_iou"]["per_class"]
+        for name in CONTROLS
+        if label in report[name]["per_class"]
+    ]
+    text = (
+        "Judged by nets that were trained on phantom truth and see the image alone. Ceiling: the same judges on "
+        f"{number(report['n']['real'])} real test images. Floor: the {number(report['n']['generated'])} generated "
+        f"images against the requests of other images. In brackets, the interval: {report['interval']}."
+    )
+    return section(
+        "control",
+        "Do the images show what was asked for?",
+        f"<p>{escape(text)} {made_by(results, 'control.json')}</p>",
+        table(head, [control_row(title, report[name]) for name, title in CONTROLS.items()]),
+        "<h3>By attribute</h3>",
+        table(head, [control_row(name, part) for name, part in categories.items() if part]),
+        "<h3>By class</h3>",
+        table(head[:-1], [row[:-1] for row in of_class]),
+    )
+
+
+def control_row(title: str, part: Mapping[str, Any]) -> list[str]:
+    """title, generated, ceiling, share of it, floor"""
+    floor = number(part["floor"]["value"]) if "floor" in part else ""
+    ratio = "–" if part["ratio_to_ceiling"] is None else f"{part['ratio_to_ceiling']:.0%}"
+    return [escape(title), interval(part["generated"]), number(part["ceiling"]["value"]), ratio, floor]
+
+
+def quality_section(results: Results) -> str:
+    """Distances between real and synthetic images, and similarity of pairs."""
+    report = results.quality
+    if report is None:
+        return ""
+    groups = {"all classes": report["overall"], **report["per_class"]}
+    rows = [
+        [escape(name), number(part["n"]), *(with_floor(part[metric]) for metric in METRICS if metric in part)]
+        for name, part in groups.items()
+    ]
+    pairs = [
+        [escape(title), *(interval(part["ssim"][name]) if name in part["ssim"] else "" for part in groups.values())]
+        for name, title in PAIRINGS.items()
+        if any(name in part["ssim"] for part in groups.values())
+    ]
+    text = (
+        f"Features of {report['extractor']}, images resized by {report['resize']}. Each value is the "
+        f"{report['value']}. Second line: the interval, {report['interval']}. Third line: the floor, "
+        f"{report['floor']}. An arrow points to the better side."
+    )
+    return section(
+        "quality",
+        "How near are synthetic images to real ones?",
+        f"<p>{escape(text)} {made_by(results, 'quality.json')}</p>",
+        table(["", "n", *METRICS.values()], rows),
+        f"<h3>SSIM</h3><p>Structural similarity of pairs of images, {escape(report['ssim'])}.</p>",
+        table(["pair", *map(escape, groups)], pairs),
+    )
+
+
+def with_floor(entry: Mapping[str, float]) -> str:
+    """Value, interval and floor on a line each."""
+    value, low, high = map(number, bounds(entry))
+    return f'<b>{value}</b><br>[{low}, {high}]<br><span class="soft">floor {number(entry["floor"])}</span>'
+
+
+def samples_section(results: Results) -> str:
+    """Real beside synthetic images of each class."""
+    if results.real is None or results.fake is None:
+        return ""
+    held_out = "test" if results.real.select(split="test").rows else "train"
+    real, fake = by_class(results.real.select(split=held_out), COLUMNS), by_class(results.fake, COLUMNS)
+    parts = []
+    for label in (label for label in real if label in fake):
+        rows = [tiles(results.real, real[label], "file_name"), tiles(results.fake, fake[label], "file_name")]
+        caption = f"<b>{escape(label)}</b>: real images of the {held_out} split above, synthetic ones below."
+        parts.append(image(charts.montage(rows), caption, pixels=True))
+    links = f"{made_by(results, 'data')} {made_by(results, 'generated')}"
+    text = f"<p>Spread evenly over each set, not chosen. {links}</p>"
+    return section("samples", "Real beside synthetic images", text, *parts) if parts else ""
+
+
+def conditions_section(results: Results) -> str:
+    """What each image was made from, beside what came out."""
+    if results.fake is None:
+        return ""
+    per_class = by_class(results.fake, COLUMNS // max(1, len({row.label for row in results.fake.rows})) or 1)
+    chosen = [row for rows in per_class.values() for row in rows if row.condition_fg and row.condition_bg][:COLUMNS]
+    if not chosen:
+        return ""
+    images = tiles(results.fake, chosen, "file_name")
+    masks = tiles(results.fake, chosen, "condition_fg")
+    marked = [charts.outlined(*pair) for pair in zip(images, masks, strict=True)]
+    prompts = "".join(f"<li><b>{escape(row.label)}</b>: {escape(row.text)}</li>" for row in chosen)
+    return section(
+        "conditions",
+        "Masks and maps beside what they produced",
+        image(
+            charts.montage([masks, tiles(results.fake, chosen, "condition_bg"), images, marked]),
+            "From above: nodule mask, Sobel map, generated image, the same with the mask's outline. "
+            + made_by(results, "generated"),
+            pixels=True,
+        ),
+        f"<p>Their prompts, from left to right:</p><ol>{prompts}</ol>",
+    )
+
+
+def data_section(results: Results) -> str:
+    """The phantom beside real ultrasound: a picture that comes with the code."""
+    path = ROOT / "docs" / "img" / "phantom_beside_real.png"
+    if results.real is None or {row.source for row in results.real.rows} != {"phantom"} or not path.is_file():
+        return ""
+    caption = (
+        "The phantom, on which this run was trained and tested, beside published ultrasound images of thyroid nodules."
+    )
+    return section("data", "The data", image(charts.fit_png(path, 1000), f"{caption} {made_by(results, 'data')}"))
+
+
+def training_section(results: Results) -> str:
+    """Loss curves."""
+    if not results.losses:
+        return ""
+    links = " ".join(made_by(results, name) for name in ("pretrain", "finetune"))
+    caption = f"Losses by optimizer step; the strong line is a running mean. {links}"
+    return section("training", "Training", image(charts.loss_chart(results.losses), caption))
+
+
+def commands_section(results: Results) -> str:
+    """What made each figure, and how long it took."""
+    if not results.commands:
+        return ""
+    total = max(1, sum(entry["seconds"] for entry in results.commands))
+    rows = [
+        [escape(entry["title"]), number(entry["seconds"]), f"{entry['seconds'] / total:.0%}"]
+        for entry in results.commands
+    ]
+    commands = [
+        f'<h3 id="made-{escape(entry["output"])}">{escape(entry["title"])} → {escape(entry["output"])}</h3>\n'
+        f"<pre>{escape(entry['command'])}</pre>"
+        for entry in results.commands
+    ]
+    times = table(["stage", "seconds", "share"], [*rows, ["<b>all</b>", f"<b>{number(total)}</b>", ""]])
+    return section("commands", "Commands and time", times, *commands)
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def by_class(rows: Manifest, count: int) -> dict[str, list[Row]]:
+    """label -> at most `count` of its rows, evenly spread over the manifest."""
+    found: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in rows.rows:
+        found[row.label or "unlabelled"].append(row)
+    return {
+        label: [of[i * len(of) // count] for i in range(count)] if len(of) > count else of
+        for label, of in found.items()
+    }
+
+
+def tiles(manifest: Manifest, rows: Iterable[Row], column: str) -> list[charts.Tile]:
+    """The images of one column, each TILE px wide and high."""
+    read = read_mask if column == "condition_fg" else read_gray
+    return [read(manifest.file(row, column), TILE) for row in rows]
+
+
+def section(anchor: str, title: str, *parts: str) -> str:
+    """A heading with what follows it."""
+    body = "\n".join(part for part in parts if part)
+    return f'<section>\n<h2 id="{anchor}">{escape(title)}</h2>\n{body}\n</section>\n'
+
+
+def image(png: bytes, caption: str, pixels: bool = False) -> str:
+    """A picture with its caption (HTML). pixels: keep the pixels sharp."""
+    kind = ' class="pixels"' if pixels else ""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f'<figure{kind}><img alt="" src="{source}"><figcaption>{caption}</figcaption></figure>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of HTML cells."""
+    lines = [row_of("th", head), *(row_of("td", row) for row in rows)]
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def row_of(tag: str, cells: Sequence[str]) -> str:
+    """One line of a table."""
+    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+
+def made_by(results: Results, output: str) -> str:
+    """A link to the command that made a figure."""
+    titles = {entry["output"]: entry["title"] for entry in results.commands}
+    if output not in titles:
+        return ""
+    return f'<a class="command" href="#made-{escape(output)}">{escape(titles[output])}</a>'
+
+
+def bounds(entry: Mapping[str, float]) -> charts.Estimate:
+    """(value, low, high)"""
+    return entry["value"], entry["low"], entry["high"]
+
+
+def interval(entry: Mapping[str, float]) -> str:
+    """0.801 [0.750, 0.840]"""
+    value, low, high = map(number, bounds(entry))
+    return f"{value} [{low}, {high}]"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """0.12345 -> "0.123", 0.00012 -> "1.20e-04", 12345 -> "12,345"; a dash for what could not be computed."""
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.{digits}f}" if value == 0 or abs(value) >= 5 * 10**-digits else f"{value:.2e}"
+
+
+def plural(count: int, noun: str) -> str:
+    """1 seed, 2 seeds"""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def escape(text: Any) -> str:
+    """Text -> HTML."""
+    return html.escape(str(text))

@@ -1,0 +1,147 @@
+"""What a run folder holds, read and gathered for the report."""
+
+import json
+import os
+import platform
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import roc_curve
+
+from tiger import manifest as manifests
+from tiger.config import git_commit
+from tiger.errors import InputError
+from tiger.files import read_json
+from tiger.manifest import Manifest
+
+Curve = tuple[list[float], list[float]]  # x, y
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run folder holds; None or empty for what it lacks."""
+
+    folder: Path
+    real: Manifest | None
+    fake: Manifest | None
+    quality: dict[str, Any] | None
+    control: dict[str, Any] | None
+    classify: dict[str, Any] | None
+    commands: list[dict[str, Any]]  # output, title, seconds, command
+    losses: dict[str, dict[str, Curve]]  # stage -> name -> steps, values
+
+
+def read_results(folder: Path) -> Results:
+    """Read every result that is there. Raises InputError where there is none."""
+    if not folder.is_dir():
+        raise InputError(f"--run {folder}: no such folder; quickstart.sh makes one")
+
+    def result(name: str) -> Any:
+        return read_json(folder / name) if (folder / name).is_file() else None
+
+    def rows(name: str) -> Manifest | None:
+        return manifests.read(folder / name) if (folder / name / "metadata.jsonl").is_file() else None
+
+    found = Results(
+        folder=folder,
+        real=rows("data"),
+        fake=rows("generated"),
+        quality=result("quality.json"),
+        control=result("control.json"),
+        classify=result("classify/report.json"),
+        commands=result("commands.json") or [],
+        losses={
+            title: curves
+            for name, title in (("pretrain", "coarse training"), ("finetune", "fine training"))
+            if (curves := read_losses(folder / name / "metrics.jsonl"))
+        },
+    )
+    if not (found.quality or found.control or found.classify or found.losses):
+        raise InputError(
+            f"--run {folder}: holds no result (metrics.jsonl, quality.json, control.json, classify/report.json)"
+        )
+    return found
+
+
+def read_losses(path: Path) -> dict[str, Curve]:
+    """name -> (steps, values) of every loss in a metrics.jsonl."""
+    curves: dict[str, Curve] = {}
+    if not path.is_file():
+        return curves
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for name in records[-1] if records else ():
+        if name.startswith("loss"):
+            points = [(record["step"], record[name]) for record in records if name in record]
+            curves[name.replace("_", " ")] = ([x for x, _ in points], [y for _, y in points])
+    return curves
+
+
+def figures_of(results: Results) -> dict[str, Any]:
+    """Everything that the page states, as report.json holds it."""
+    figures: dict[str, Any] = {
+        "headline": headline(results.classify) if results.classify else {},
+        "classify": results.classify,
+        "control": results.control,
+        "quality": results.quality,
+        "training": {stage: ends_of(curves) for stage, curves in results.losses.items()},
+        "stages": results.commands,
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "commit": git_commit(),
+        },
+    }
+    return {name: value for name, value in figures.items() if value}
+
+
+def ends_of(curves: Mapping[str, Curve]) -> dict[str, dict[str, float]]:
+    """The first value of each loss and the mean of its last tenth."""
+    return {
+        name: {"first": values[0], "last": float(np.mean(values[-max(1, len(values) // 10) :]))}
+        for name, (_, values) in curves.items()
+    }
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def headline(classify: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """task -> arm -> AUC with its interval, of every class against the negative one."""
+    tasks: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for arm, metrics in classify["arms"].items():
+        for name, value in metrics.items():
+            if name.startswith("auc "):
+                tasks[name.removeprefix("auc ")][arm] = value
+    return dict(tasks)
+
+
+def roc_curves(path: Path, tasks: Iterable[str]) -> dict[str, dict[str, Curve]]:
+    """task "a vs b" -> arm -> (false, true positive rates) on the test split, from a scores.csv.
+
+    Scores are p_b / (p_a + p_b) as in `eval.classify`, averaged over seeds.
+    """
+    scores = pd.read_csv(path)
+    curves: dict[str, dict[str, Curve]] = {}
+    for task in tasks:
+        negative, positive = task.split(" vs ")
+        of_task = scores[scores.label.isin([negative, positive])]
+        p, n = of_task[f"p_{positive}"], of_task[f"p_{negative}"]
+        of_task = of_task.assign(score=p / np.maximum(p + n, 1e-12))
+        curves[task] = {}
+        for arm, of_arm in of_task.groupby("arm", sort=False):
+            images = of_arm.groupby(["file_name", "label"], as_index=False).score.mean()
+            fpr, tpr, _ = roc_curve(images.label == positive, images.score)
+            curves[task][str(arm)] = (fpr.tolist(), tpr.tolist())
+    return curves

@@ -1,0 +1,163 @@
+"""Coarse-Training from its command line, on tiny random models of every layout."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LAYOUTS
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from training_samples import flags, save_base, save_data
+
+from tiger import pretrain
+from tiger.components import load_components
+from tiger.errors import InputError, run
+
+ROOT = Path(__file__).resolve().parents[1]
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return save_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    return {layout: save_base(tmp_path_factory.mktemp(layout), layout) for layout in LAYOUTS}
+
+
+def train(base: Path, data: Path, output_dir: Path, **values: object) -> None:
+    pretrain.main(flags(pretrained_model=base, data_dir=data, output_dir=output_dir, **values))
+
+
+def differing(a: Path, b: Path) -> list[str]:
+    """Names of the tensors that two safetensors files do not share bit for bit."""
+    first, second = load_file(a), load_file(b)
+    return [name for name, value in first.items() if not torch.equal(value, second[name])]
+
+
+def test_every_layout_trains_and_loads_in_plain_diffusers(layout, bases, data, tmp_path):
+    train(bases[layout], data, tmp_path, snr_gamma=5, use_ema="true", class_balance=0.5, validation_steps=2)
+    assert len(differing(tmp_path / UNET, bases[layout] / UNET)) > 100
+    for frozen in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert not differing(tmp_path / frozen, bases[layout] / frozen)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("benign", num_inference_steps=2, output_type="np").images.shape[0] == 1
+    kept = {"prediction_type", "rescale_betas_zero_snr", "timestep_spacing", "beta_schedule", "beta_end"}
+    before, after = (json.loads((d / "scheduler/scheduler_config.json").read_text()) for d in (bases[layout], tmp_path))
+    assert {key: before[key] for key in kept} == {key: after[key] for key in kept}
+    assert (tmp_path / "validation" / "step-2.png").stat().st_size > 1000
+    assert list((tmp_path / "logs").iterdir())
+    loss = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(loss) == 2 and all(0 < value < 10 for value in loss)
+
+
+def test_resume_is_bit_equal_and_the_same_command_is_then_done(bases, data, tmp_path, capsys):
+    options = {"use_ema": "true", "train_text_encoder": "true", "gradient_accumulation_steps": 2}
+    train(bases["tiny"], data, tmp_path / "whole", max_train_steps=3, checkpointing_steps=1, **options)
+    train(bases["tiny"], data, tmp_path / "cut", max_train_steps=1, checkpointing_steps=1, **options)
+    train(bases["tiny"], data, tmp_path / "cut", max_train_steps=3, checkpointing_steps=1, **options)
+    for name in (UNET, "text_encoder/model.safetensors"):
+        assert not differing(tmp_path / "whole" / name, tmp_path / "cut" / name)
+        assert differing(tmp_path / "whole" / name, bases["tiny"] / name)
+    for name in ("ema.safetensors", "optimizer-0.safetensors"):
+        a, b = (tmp_path / run / "checkpoint-3" / name for run in ("whole", "cut"))
+        assert not differing(a, b)
+    assert "seed: 0" in (tmp_path / "cut" / "checkpoint-3" / "config.yaml").read_text()
+    capsys.readouterr()
+    train(bases["tiny"], data, tmp_path / "cut", max_train_steps=3, checkpointing_steps=1, **options)
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--learning_rate was 0.001, is 0.1"):
+        train(bases["tiny"], data, tmp_path / "cut", max_train_steps=9, learning_rate=0.1, **options)
+
+
+def test_the_trained_model_is_a_base_in_turn(bases, data, tmp_path):
+    train(bases["tiny"], data, tmp_path / "first", max_train_steps=1)
+    train(tmp_path / "first", data, tmp_path / "second", max_train_steps=1)
+    assert differing(tmp_path / "first" / UNET, tmp_path / "second" / UNET)
+
+
+def test_a_base_in_half_precision_is_trained_in_full(bases, data, tmp_path):
+    half = DiffusionPipeline.from_pretrained(bases["tiny"], torch_dtype=torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    parts = load_components(str(tmp_path / "half"))
+    assert {p.dtype for network in parts.networks for p in network.parameters()} == {torch.float32}
+    train(tmp_path / "half", data, tmp_path / "out", max_train_steps=1)
+    assert load_file(tmp_path / "out" / UNET)["conv_in.weight"].dtype == torch.float32
+
+
+def test_dry_run_writes_nothing(bases, data, tmp_path, capsys):
+    train(bases["tiny"], data, tmp_path / "out", dry_run="true")
+    assert not (tmp_path / "out").exists()
+    said = capsys.readouterr().out
+    assert "9 images of 9 patients at 64 px: PTC 7, FTC 1, benign 1" in said
+    assert "M parameters trained" in said and "2 steps of 2 images" in said
+
+
+def refused(base: Path, data: Path, output_dir: Path, **values: object) -> str:
+    """What a bad command prints; it must end with exit code 2 before anything is written."""
+    argv = flags(pretrained_model=base, data_dir=data, output_dir=output_dir, **values)
+    with pytest.raises(InputError) as error:
+        pretrain.main(argv)
+    assert run(pretrain.main, argv) == 2 and not (output_dir / "checkpoint-1").exists()
+    return str(error.value)
+
+
+def test_bases_that_are_none(bases, data, tmp_path):
+    out = tmp_path / "out"
+    assert "no such folder" in refused(tmp_path / "nowhere", data, out)
+    assert "no model_index.json" in refused(data, data, out)
+    assert "is a file" in refused(data / "metadata.jsonl", data, out)
+    (tmp_path / "unfinished" / "checkpoint-7").mkdir(parents=True)
+    assert "checkpoints up to step 7 but no finished model" in refused(tmp_path / "unfinished", data, out)
+    partial = shutil.copytree(bases["tiny"], tmp_path / "partial")
+    shutil.rmtree(partial / "tokenizer")
+    assert "lacks tokenizer" in refused(partial, data, out)
+    (partial / "tokenizer").mkdir()
+    (partial / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
+    assert "cannot be loaded" in refused(partial, data, out)
+
+
+def test_bad_data_is_listed_before_anything_is_loaded(bases, tmp_path, monkeypatch):
+    folder = save_data(tmp_path / "data", 8)
+    (folder / "file_name" / "1.png").unlink()
+    (folder / "file_name" / "3.png").write_bytes(b"no image")
+    monkeypatch.setattr("tiger.components.load_components", lambda name: pytest.fail("loaded a model"))
+    said = refused(bases["tiny"], folder, tmp_path / "out")
+    assert "file_name/1.png" in said and "file_name/3.png" in said
+
+
+def test_wrong_splits_and_sizes(bases, data, tmp_path):
+    assert "no row has split 'test'; there are train, valid" in refused(bases["tiny"], data, tmp_path, split="test")
+    assert "--resolution 50: this base needs a multiple of 32" in refused(bases["tiny"], data, tmp_path, resolution=50)
+
+
+def test_a_patient_in_two_splits_is_refused(bases, tmp_path):
+    folder = save_data(tmp_path / "data", 8)
+    text = (folder / "metadata.jsonl").read_text()
+    (folder / "metadata.jsonl").write_text(text.replace('"P7"', '"P0"'))
+    assert "patient P0" in refused(bases["tiny"], folder, tmp_path / "out")
+
+
+def test_the_script_runs_from_any_folder(bases, data, tmp_path):
+    argv = flags(pretrained_model=bases["tiny"], data_dir="data", output_dir="out", max_train_steps=1)
+    (tmp_path / "data").symlink_to(data)
+    script = ["bash", str(ROOT / "pretrain.sh")]
+    done = subprocess.run([*script, *argv], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model_index.json").exists() and "use_ema: true" in (
+        tmp_path / "out" / "config.yaml"
+    ).read_text()
+    bad = subprocess.run([*script, *argv, "--seed=x"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert bad.returncode == 2 and bad.stderr.startswith("error: --seed") and bad.stderr.count("\n") == 1
+
+
+def test_wrong_flags_fail_before_torch_is_loaded():
+    code = "import sys; from tiger import pretrain, finetune; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,246 @@
+"""The loop, on a toy stage of a few numbers."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tiger.stage import SampleNoise, image_grid
+from tiger.trainer import Ema, drop_lines_after, lr_factor, train
+
+ROWS = 10
+
+
+class ToyData(torch.utils.data.Dataset):
+    """Row i is the number i."""
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"x": torch.tensor(float(index))}
+
+    def texts(self, index: int) -> dict[str, str]:
+        return {"text": str(index)}
+
+
+class ToyStage:
+    """Fits a line to noisy numbers; `at_step` is called before each loss."""
+
+    def __init__(self, at_step=lambda step: None):
+        torch.manual_seed(0)
+        self.trainable: nn.Module = nn.Linear(1, 1)
+        self.model = self.trainable
+        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(self.model.parameters(), lr=0.1, fused=True)]
+        self.at_step = at_step
+        self.global_batches: list[list[str]] = []
+
+    def begin_step(self, texts) -> None:
+        self.global_batches.append([text["text"] for text in texts])
+
+    def loss(self, batch, noise: SampleNoise, step: int):
+        self.at_step(step)
+        x = batch["x"][:, None]
+        error = self.trainable(x / ROWS + 0.1 * noise.randn((1,))) - 2 * x
+        loss = error.square().mean() * (1 if self.model.weight.isfinite().all() else float("nan"))
+        return loss, {"loss": loss.detach()}
+
+    def save(self, folder: Path) -> None:
+        save_file(self.model.state_dict(), folder / "model.safetensors")
+
+    def load(self, folder: Path) -> None:
+        self.model.load_state_dict(load_file(folder / "model.safetensors"))
+
+    def validate(self) -> Image.Image:
+        return Image.new("RGB", (8, 8))
+
+    def export(self, folder: Path) -> None:
+        self.save(folder)
+        (folder / "model_index.json").write_text("{}")
+
+
+def fit(output_dir: Path, stage: ToyStage | None = None, **changes: Any) -> bool:
+    output_dir.mkdir(exist_ok=True)
+    options: dict[str, Any] = {
+        "max_train_steps": 6, "train_batch_size": 4, "gradient_accumulation_steps": 1, "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2, "max_grad_norm": 1.0, "ema_decay": 0.99, "seed": 0, "checkpointing_steps": 2,
+        "checkpoints_total_limit": 9, "validation_steps": 0, "log_steps": 2, "dataloader_num_workers": 0,
+    }  # fmt: skip
+    data: Any = ToyData()
+    return train(
+        Accelerator(cpu=True),
+        stage or ToyStage(),
+        data,
+        None,
+        output_dir=output_dir,
+        config_text="",
+        **options | changes,
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    return all(torch.equal(value, weights(b)[name]) for name, value in weights(a).items())
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(step: int):
+    def at_step(now: int) -> None:
+        if now == step:
+            raise Killed
+
+    return at_step
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_killed_run_ends_bit_equal(tmp_path, accumulation):
+    options = {"gradient_accumulation_steps": accumulation}
+    fit(tmp_path / "whole", **options)
+    with pytest.raises(Killed):
+        fit(tmp_path / "cut", ToyStage(kill_at(3)), **options)
+    assert sorted(path.name for path in (tmp_path / "cut").glob("checkpoint-*")) == ["checkpoint-2"]
+    assert fit(tmp_path / "cut", **options)
+    assert same(tmp_path / "whole", tmp_path / "cut")
+    for name in ("model", "ema", "optimizer-0"):
+        first, second = (load_file(tmp_path / run / "checkpoint-6" / f"{name}.safetensors") for run in ("whole", "cut"))
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_metrics_hold_each_step_once_after_a_resume(tmp_path):
+    with pytest.raises(Killed):
+        fit(tmp_path, ToyStage(kill_at(5)), checkpointing_steps=3)  # logged up to 4, saved at 3
+    fit(tmp_path, checkpointing_steps=3)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert {"loss", "grad_norm", "learning_rate", "images_per_second"} <= lines[0].keys()
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path, capsys):
+    fit(tmp_path / "whole")
+    with pytest.raises(Killed):
+        fit(tmp_path / "cut", ToyStage(kill_at(5)))
+    (tmp_path / "cut" / "checkpoint-4" / "model.safetensors").write_bytes(b"torn")
+    fit(tmp_path / "cut")
+    assert "checkpoint-4 is damaged" in capsys.readouterr().err
+    assert same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_accumulation_is_a_larger_batch(tmp_path):
+    small, large = ToyStage(), ToyStage()
+    fit(tmp_path / "small", small, train_batch_size=2, gradient_accumulation_steps=2)
+    fit(tmp_path / "large", large, train_batch_size=4, gradient_accumulation_steps=1)
+    for name, value in weights(tmp_path / "small").items():
+        assert torch.allclose(value, weights(tmp_path / "large")[name], atol=1e-6)
+    assert small.global_batches == large.global_batches and len(small.global_batches[0]) == 4
+
+
+def test_the_average_is_what_is_published(tmp_path):
+    fit(tmp_path)
+    raw, average = weights(tmp_path / "checkpoint-6"), load_file(tmp_path / "checkpoint-6" / "ema.safetensors")
+    assert torch.equal(weights(tmp_path)["weight"], average["weight"])
+    assert not torch.equal(weights(tmp_path)["weight"], raw["weight"])
+
+
+def test_a_longer_run_goes_on(tmp_path):
+    fit(tmp_path, max_train_steps=4, lr_scheduler="constant")
+    stage = ToyStage()
+    fit(tmp_path, stage, max_train_steps=6, lr_scheduler="constant")
+    assert len(stage.global_batches) == 2
+    fit(tmp_path / "whole", lr_scheduler="constant")
+    assert same(tmp_path, tmp_path / "whole")
+
+
+def test_a_diverged_run_stops_and_saves_nothing_bad(tmp_path):
+    def poison(step: int) -> None:
+        if step == 3:
+            with torch.no_grad():
+                stage.model.weight.fill_(float("nan"))
+
+    stage = ToyStage(poison)
+    with pytest.raises(FloatingPointError, match="loss became nan between steps 2 and 4"):
+        fit(tmp_path, stage, checkpointing_steps=1)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3)]
+
+
+def test_sigterm_saves_and_resume_is_bit_equal(tmp_path):
+    def terminate(step: int) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert not fit(tmp_path / "cut", ToyStage(terminate), checkpointing_steps=100)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert (tmp_path / "cut" / "checkpoint-3").is_dir()
+    assert fit(tmp_path / "cut", checkpointing_steps=100)
+    fit(tmp_path / "whole", checkpointing_steps=100)
+    assert same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_validation_changes_nothing(tmp_path):
+    fit(tmp_path / "plain")
+    fit(tmp_path / "shown", validation_steps=4)
+    assert same(tmp_path / "plain", tmp_path / "shown")
+    assert sorted(path.name for path in (tmp_path / "shown" / "validation").iterdir()) == ["step-4.png", "step-6.png"]
+
+
+def test_reading_ahead_changes_nothing(tmp_path):
+    fit(tmp_path / "plain")
+    fit(tmp_path / "ahead", dataloader_num_workers=1)
+    assert same(tmp_path / "plain", tmp_path / "ahead")
+
+
+def test_learning_rates():
+    assert [lr_factor("constant", step, 4, 100) for step in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1, 1, 1]
+    assert lr_factor("linear", 10, 10, 110) == 1 and lr_factor("linear", 60, 10, 110) == 0.5
+    assert lr_factor("cosine", 60, 10, 110) == pytest.approx(0.5) and lr_factor("cosine", 110, 10, 110) == 0
+    assert lr_factor("cosine", 85, 10, 110) == pytest.approx(0.1464466)
+
+
+def test_the_average_by_hand():
+    model = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(0.0)
+    ema = Ema(model, max_decay=0.15)
+    for step, value in enumerate((1.0, 2.0)):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        ema.update(step)
+    expected = 0.15 * (0.9 * 1.0) + 0.85 * 2.0  # decay 1/10, then 2/11 limited to 0.15
+    with ema.applied():
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 2.0
+
+
+def test_noise_depends_on_seed_step_and_place_only():
+    def draw(step: int, *places: int) -> torch.Tensor:
+        noise = SampleNoise(5, step, range(*places), torch.device("cpu"))
+        return torch.cat([noise.randn((3,)), noise.rand()[:, None], noise.randint(1000)[:, None]], dim=1)
+
+    assert torch.equal(draw(1, 0, 4), torch.cat([draw(1, 0, 1), draw(1, 1, 4)]))
+    assert not torch.equal(draw(1, 0, 4), draw(2, 0, 4)) and not torch.equal(draw(1, 0, 1), draw(1, 1, 2))
+
+
+def test_log_lines_after_the_checkpoint_go(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    drop_lines_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_grid():
+    grid = image_grid([torch.zeros(3, 1, 4, 5), torch.ones(3, 3, 4, 5)])
+    assert grid.size == (15, 8) and grid.getpixel((0, 0)) == (0, 0, 0) and grid.getpixel((14, 7)) == (255, 255, 255)
