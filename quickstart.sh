@@ -10,14 +10,18 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 readonly R=${1:-runs/quickstart}
-case $R in -*) echo "usage: bash quickstart.sh [FOLDER]" >&2 && exit 2 ;; esac
-readonly JUDGES=assets/judges
+case $R in
+-h | --help) sed -n '2,8s/^# \{0,1\}//p' quickstart.sh && exit ;;
+-*) echo "error: unknown option $R; usage: bash quickstart.sh [FOLDER]" >&2 && exit 2 ;;
+esac
 total=$(grep -c '^    stage ' quickstart.sh)
 
 # What each stage runs, and what it leaves in $R. Seconds are for 2 cores.
 stages() {
-    stage data "phantom ultrasound with known truth" \
+    stage data "phantom ultrasound with known truth, a long tail of classes" \
         python -m data.prepare phantom --output_dir "$R/data" --preset longtail --count 1000 --seed 3 # 50 s
+    stage extra "further real images, for the upper bound" \
+        python -m data.prepare phantom --output_dir "$R/extra" --preset balanced --count 400 --seed 4 # 12 s
     stage pretrain "coarse training: the U-Net learns the data's prompts" \
         bash pretrain.sh --config configs/pretrain-tiny.yaml --data_dir "$R/data" --pretrained_model assets/tiny-base \
         --output_dir "$R/pretrain" --max_train_steps 1200 --seed 0 # 140 s
@@ -29,10 +33,11 @@ stages() {
         --count benign=100,PTC=100,FTC=100,MTC=100 --steps 20 --guidance_scale 2 --batch_size 20 --seed 0 # 130 s
     stage quality.json "image quality" \
         python -m eval.quality --real "$R/data" --fake "$R/generated" --output "$R/quality.json" # 25 s
-    stage control.json "do the images follow their masks, maps and prompts?" \
-        python -m eval.control --real "$R/data" --fake "$R/generated" --judges "$JUDGES" --output "$R/control.json" # 15 s
-    stage classify "does a classifier learn the rare classes better?" \
-        python -m eval.classify --real "$R/data" --fake "$R/generated" --output "$R/classify/report.json" # 240 s
+    stage control.json "control: masks, maps and prompts against what the images show" \
+        python -m eval.control --real "$R/data" --fake "$R/generated" --output "$R/control.json" # 15 s
+    stage classify "benefit: classifiers trained with and without synthetic images" \
+        python -m eval.classify --real "$R/data" --fake "$R/generated" --extra_real "$R/extra" \
+        --output "$R/classify/report.json" --model resnet18 --image_size 64 --max_train_steps 600 # 240 s
     stage report.html "report" \
         python -m eval.report --run "$R"
 }

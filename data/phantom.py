@@ -9,6 +9,7 @@ intensity is log-compressed. Lengths are fractions of the image side unless a na
 """
 
 import math
+import multiprocessing
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -605,7 +606,8 @@ def write_dataset(
     for folder in FOLDERS:
         (output_dir / folder).mkdir(parents=True, exist_ok=True)
     job = partial(_render_case, output_dir=output_dir, size=size)
-    with ProcessPoolExecutor(workers) as pool:
+    # Spawned, not forked: a forked worker can hang on a lock that one of OpenCV's threads held.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for _ in tqdm(pool.map(job, cases, chunksize=16), total=len(cases), desc="phantom", unit="image"):
             pass
     rows = [_row(case, knowledge) for case in cases]

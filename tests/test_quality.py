@@ -116,6 +116,8 @@ class Histogram:
 def sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Manifest, Manifest]:
     """Real images with splits and synthetic ones, just as good, drawn after training images."""
     monkeypatch.setattr(quality, "load_extractor", lambda name, weights: Histogram())
+    monkeypatch.setattr(quality, "RESAMPLES", 30)
+    monkeypatch.setattr(quality, "REPEATS", 4)
     real = write_dataset(tmp_path / "real", {"train": CLASSES, "test": {"benign": 30, "FTC": 24}})
     sources = [row.file_name for row in real.select(split="train").rows]
     fake = write_dataset(

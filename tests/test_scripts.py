@@ -1,5 +1,6 @@
 """The shell scripts: each way in which set-up can fail ends in one clear line, and a second run costs nothing."""
 
+import json
 import os
 import shutil
 import socket
@@ -117,3 +118,87 @@ def test_lock_is_exact_and_local_to_nothing() -> None:
             if not line.startswith("#"):
                 name = line.partition(">")[0].partition("[")[0].lower().replace("_", "-")
                 assert name in pinned, f"{file}: {name} is not in requirements.lock"
+
+
+# ----------------------------------------------------------------------------------------------------------- quickstart
+
+STAGES = """stages() {
+    stage one "first" bash -c 'echo first ARG >>"$0/log" && mkdir -p "$0/one" && echo x >>"$0/one/file"' "$R"
+    stage two.json "second" bash -c 'echo second >>"$0/log" && touch "$0/two.json" && test ! -e "$0/fail"' "$R"
+    stage three.json "third" bash -c 'echo third >>"$0/log" && touch "$0/three.json"' "$R"
+}
+"""
+
+
+class Quickstart:
+    """quickstart.sh with three small stages of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.run_folder = folder / "run"
+        (folder / "setup.sh").write_text("")
+        self.write("a")
+
+    def write(self, argument: str) -> None:
+        source = (ROOT / "quickstart.sh").read_text()
+        start, end = source.index("stages() {"), source.index("# stage OUTPUT TITLE")
+        stages = STAGES.replace("ARG", argument)
+        (self.folder / "quickstart.sh").write_text(source[:start] + stages + source[end:])
+
+    def __call__(self) -> tuple[int, str, list[str]]:
+        """(exit code, stderr, stages that ran)"""
+        log = self.run_folder / "log"
+        log.unlink(missing_ok=True)
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+        command = ["bash", "quickstart.sh", str(self.run_folder)]
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stderr, log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path) -> Quickstart:
+    quickstart = Quickstart(tmp_path)
+    quickstart.run_folder.mkdir()
+    return quickstart
+
+
+def test_quickstart_runs_each_stage_once(quickstart: Quickstart) -> None:
+    assert quickstart() == (0, "", ["first a", "second", "third"])
+    assert quickstart() == (0, "", [])
+    entries = json.loads((quickstart.run_folder / "commands.json").read_text())
+    assert [entry["output"] for entry in entries] == ["one", "two.json", "three.json"]
+    assert entries[0]["title"] == "first" and "echo first a" in entries[0]["command"] and entries[0]["seconds"] >= 0
+
+
+def test_quickstart_goes_on_after_a_failure(quickstart: Quickstart) -> None:
+    (quickstart.run_folder / "fail").touch()
+    code, error, ran = quickstart()
+    assert (code, ran) == (1, ["first a", "second"])
+    assert "stage 2 (second) ended with exit code 1" in error and "bash quickstart.sh" in error
+    (quickstart.run_folder / "fail").unlink()
+    assert quickstart()[2] == ["second", "third"]
+
+
+def test_quickstart_makes_anew_what_follows_a_change(quickstart: Quickstart) -> None:
+    quickstart()
+    quickstart.write("b")
+    assert quickstart()[2] == ["first b", "second", "third"]
+    assert (quickstart.run_folder / "one" / "file").read_text() == "x\n"  # not on top of what the old command made
+    (quickstart.run_folder / "two.json").unlink()
+    assert quickstart()[2] == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("option", "code", "text"), [("--help", 0, "bash quickstart.sh runs/another"), ("--x", 2, "usage")]
+)
+def test_quickstart_options(option: str, code: int, text: str) -> None:
+    command = ["bash", str(ROOT / "quickstart.sh"), option]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert text in (done.stderr if code else done.stdout)
+
+
+def test_ci_runs_the_tests() -> None:
+    assert "tests/run.sh" in (ROOT / ".ci" / "run").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)

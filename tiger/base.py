@@ -1,6 +1,7 @@
 """Make a small base model from nothing: the autoencoder and the text encoder of assets/tiny-base.
 
     python -m tiger.base autoencoder  --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 9000
+    python -m tiger.base decoder      --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 2500
     python -m tiger.base text_encoder --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 3000
     python -m tiger.base assemble     --output_dir runs/base/init
     python -m tiger.base export       --model runs/base/pretrain --figures runs/base/init --output_dir assets/tiny-base
@@ -11,6 +12,7 @@ Groups with a published base (SD-1.5, SD-2.1) never need this module.
 
 import argparse
 import math
+import shlex
 import shutil
 import sys
 import time
@@ -84,6 +86,30 @@ class PerceptualLoss(nn.Module):
         return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).mean()
 
 
+class SpectrumLoss(nn.Module):
+    """Distance between local power spectra, in log units: how much grain of which size, not where each grain lies.
+
+    A factor-8 code cannot hold the speckle itself; without this the decoder answers with the mean, which is smooth.
+    """
+
+    basis: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        n = torch.arange(8.0)
+        rows = torch.cos(math.pi / 8 * (n + 0.5) * n[:, None])  # DCT-II, (frequency, position)
+        rows = rows / rows.norm(dim=1, keepdim=True)
+        self.register_buffer("basis", torch.einsum("uy,vx->uvyx", rows, rows).reshape(64, 1, 8, 8)[1:])
+
+    def spectrum(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 63, h, w): log mean power of each coefficient in windows of about 24 pixels."""
+        power = F.conv2d(x.mean(1, keepdim=True), self.basis, stride=4).square()
+        return torch.log(F.avg_pool2d(power, 5, 3) + 1e-4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self.spectrum(x) - self.spectrum(y)).abs().mean()
+
+
 def discriminator(width: int = 32) -> nn.Module:
     """PatchGAN (arXiv:1611.07004): (B, 3, H, W) → (B, 1, H/4, W/4) realness; receptive field 22 pixels."""
     return nn.Sequential(
@@ -123,19 +149,25 @@ def cosine(step: int, total: int, peak: float, warmup: int = 100) -> float:
 
 
 def train_autoencoder(args: argparse.Namespace) -> None:
-    """Reconstruction (L1 + perceptual + KL), then the decoder alone against a PatchGAN, so that latents stay put."""
+    """Reconstruction (L1 + perceptual + KL), then the decoder alone against a PatchGAN, so that latents stay put.
+
+    The command `decoder` goes on with the second part: a model trained on the latents stays valid.
+    """
     data = manifest.read(args.data_dir)
     images = load_gray(data.select(split="train"))
     held_out = load_gray(data.select(split="valid"))[:256]
     torch.manual_seed(args.seed)
-    vae = new_autoencoder(images.shape[1]).to(memory_format=torch.channels_last)
-    perceptual = PerceptualLoss()
+    refine = args.command == "decoder"
+    vae = AutoencoderKL.from_pretrained(args.output_dir / "vae") if refine else new_autoencoder(images.shape[1])
+    vae = vae.to(memory_format=torch.channels_last).train()
+    perceptual, spectral = PerceptualLoss(), SpectrumLoss()
     critic = discriminator()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
-    total, adversarial_from = args.max_train_steps, round(args.max_train_steps * args.reconstruction_share)
+    total = args.max_train_steps
+    adversarial_from = 0 if refine else round(total * args.reconstruction_share)
     started, losses, balance = time.time(), [], None
-    bar = tqdm(range(total), desc="autoencoder", unit="step", mininterval=5)
+    bar = tqdm(range(total), desc=args.command, unit="step", mininterval=5)
     for step in bar:
         adversarial = step >= adversarial_from
         if step == adversarial_from:
@@ -149,6 +181,8 @@ def train_autoencoder(args: argparse.Namespace) -> None:
         reconstruction, feature = (x - y).abs().mean(), perceptual(x, y)
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         loss = reconstruction + args.perceptual_weight * feature + args.kl_weight * kl
+        spectrum = spectral(x, y)
+        loss = loss + args.spectrum_weight * spectrum
         if adversarial:
             fool = -critic(y).mean()
             if step % 25 == 0 or balance is None:  # keep both gradients in proportion; measuring it costs half a step
@@ -168,17 +202,16 @@ def train_autoencoder(args: argparse.Namespace) -> None:
             hinge.backward()
             critic_optimizer.step()
         if step % 100 == 0:
-            losses.append({"step": step, "l1": reconstruction.item(), "perceptual": feature.item(), "kl": kl.item()})
-            bar.set_postfix(
-                l1=f"{reconstruction.item():.4f}", perceptual=f"{feature.item():.3f}", kl=f"{kl.item():.2f}"
-            )
+            parts = {"l1": reconstruction, "perceptual": feature, "kl": kl, "spectrum": spectrum}
+            losses.append({"step": step} | {name: round(value.item(), 4) for name, value in parts.items()})
+            bar.set_postfix({name: f"{value.item():.3f}" for name, value in parts.items()})
         if step % 1000 == 999 or step == total - 1:
-            save_autoencoder(vae, held_out, args.output_dir, losses, time.time() - started, total)
+            save_autoencoder(vae, held_out, args, losses, time.time() - started)
 
 
 @torch.no_grad()
 def save_autoencoder(
-    vae: AutoencoderKL, held_out: NDArray[np.uint8], output_dir: Path, losses: list[dict], seconds: float, total: int
+    vae: AutoencoderKL, held_out: NDArray[np.uint8], args: argparse.Namespace, losses: list[dict], seconds: float
 ) -> None:
     """Set the latent scale from held-out images, save, and write a picture and the figures beside it."""
     x = torch.from_numpy(held_out.astype(np.float32) / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
@@ -186,12 +219,15 @@ def save_autoencoder(
     y = torch.cat([vae.decode(part).sample for part in latents.split(16)]).clamp(-1, 1)
     psnr = 10 * torch.log10(4 / (x - y).square().mean((1, 2, 3))).mean().item()
     vae.register_to_config(scaling_factor=1 / latents.std().item())
-    vae.save_pretrained(output_dir / "vae")
+    vae.save_pretrained(args.output_dir / "vae")
     pairs = torch.cat([x[:8, 0], y[:8, 0]]).reshape(2, 8, *x.shape[2:])
     grid = pairs.permute(0, 2, 1, 3).reshape(2 * x.shape[2], -1)
-    Image.fromarray(((grid + 1) * 127.5).byte().numpy()).save(output_dir / "reconstructions.png")
-    figures = {"psnr_db": round(psnr, 2), "seconds": round(seconds), "max_train_steps": total, "losses": losses}
-    write_json(output_dir / "autoencoder.json", {"command": " ".join(sys.argv), **figures})
+    Image.fromarray(((grid + 1) * 127.5).byte().numpy()).save(args.output_dir / "reconstructions.png")
+    figures = {"psnr_db": round(psnr, 2), "seconds": round(seconds), "steps": args.max_train_steps, "losses": losses}
+    write_json(
+        args.output_dir / f"{args.command}.json",
+        {"command": shlex.join(["python", "-m", "tiger.base", *args.argv])} | figures,
+    )
 
 
 class PromptReader(nn.Module):
@@ -273,7 +309,10 @@ def train_text_encoder(args: argparse.Namespace) -> None:
     reader.text_encoder.save_pretrained(args.output_dir / "text_encoder")
     tokenizer.save_pretrained(args.output_dir / "tokenizer")
     figures = {"accuracy": accuracy, "seconds": round(time.time() - started), "losses": losses}
-    write_json(args.output_dir / "text_encoder.json", {"command": " ".join(sys.argv), **figures})
+    write_json(
+        args.output_dir / "text_encoder.json",
+        {"command": shlex.join(["python", "-m", "tiger.base", *args.argv])} | figures,
+    )
 
 
 def new_unet(sample_size: int) -> UNet2DConditionModel:
@@ -343,7 +382,8 @@ def export(args: argparse.Namespace) -> None:
         args.output_dir / "text_encoder" / "config.json"
     )  # transformers would otherwise load it as it is stored
     write_json(config_path, read_json(config_path) | {"dtype": "float32"})
-    figures = [args.figures / "autoencoder.json", args.figures / "text_encoder.json", Path(args.model) / "metrics.jsonl"]
+    figures = [args.figures / f"{name}.json" for name in ("autoencoder", "decoder", "text_encoder")]
+    figures.append(Path(args.model) / "metrics.jsonl")
     for path in figures:  # how it was made, beside it
         if path.is_file():
             shutil.copy(path, args.output_dir / ("unet.jsonl" if path.name == "metrics.jsonl" else path.name))
@@ -355,6 +395,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     parts = {
         "autoencoder": train_autoencoder,
+        "decoder": train_autoencoder,
         "text_encoder": train_text_encoder,
         "assemble": assemble,
         "export": export,
@@ -367,17 +408,23 @@ def main(argv: list[str] | None = None) -> None:
             continue
         part.add_argument("--data_dir", required=True, help="folder with a metadata.jsonl")
         part.add_argument("--max_train_steps", type=int, default=9000)
-        part.add_argument("--train_batch_size", type=int, default=16 if name == "autoencoder" else 64)
+        part.add_argument("--train_batch_size", type=int, default=64 if name == "text_encoder" else 16)
         part.add_argument("--learning_rate", type=float, default=1e-3)
     export_parser = commands.choices["export"]
     export_parser.add_argument("--model", required=True, help="folder that pretrain.sh wrote")
     export_parser.add_argument("--figures", type=Path, required=True, help="folder with the figures of the other parts")
-    autoencoder = commands.choices["autoencoder"]
-    autoencoder.add_argument("--reconstruction_share", type=float, default=0.75, help="steps before the PatchGAN joins")
-    autoencoder.add_argument("--perceptual_weight", type=float, default=0.2)
-    autoencoder.add_argument("--adversarial_weight", type=float, default=0.5, help="relative to the other gradients")
-    autoencoder.add_argument("--kl_weight", type=float, default=5e-4)
+    for name in ("autoencoder", "decoder"):
+        part = commands.choices[name]
+        if name == "autoencoder":
+            part.add_argument(
+                "--reconstruction_share", type=float, default=0.75, help="steps before the PatchGAN joins"
+            )
+        part.add_argument("--perceptual_weight", type=float, default=0.2)
+        part.add_argument("--adversarial_weight", type=float, default=0.5, help="relative to the other gradients")
+        part.add_argument("--kl_weight", type=float, default=5e-4)
+        part.add_argument("--spectrum_weight", type=float, default=0.0 if name == "autoencoder" else 0.05)
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     args.output_dir.mkdir(parents=True, exist_ok=True)
     parts[args.command](args)
 

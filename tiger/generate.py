@@ -463,7 +463,7 @@ def read_training_rows(data_dir: str, knowledge: Knowledge) -> Manifest:
         raise InputError(
             f"{data.path}: no real row with split 'train' (found: {found}), and no other split may be used"
         )
-    manifest.check(train, conditions=False)
+    manifest.check(train, conditions=False, knowledge=knowledge)
     return train
 
 

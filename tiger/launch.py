@@ -41,6 +41,7 @@ def launch(
     knowledge = Knowledge.load(config.knowledge)
     train_rows, validation_rows = read_rows(config, knowledge, with_conditions)
 
+    import torch
     from accelerate import Accelerator
 
     from tiger.components import load_components
@@ -53,6 +54,7 @@ def launch(
     options = {"with_conditions": with_conditions, "blank_nodule": blank_nodule}
     dataset = TigerDataset(train_rows, resolution, random_flip=config.random_flip, **options)
     shown = TigerDataset(validation_rows, resolution, **options)
+    torch.manual_seed(config.seed)  # for what the stage adds to the base
     stage = make_stage(config, components, list(shown), knowledge, accelerator)  # type: ignore[arg-type]
     if accelerator.is_main_process:
         print(summary(config, train_rows, stage, components, resolution, accelerator.num_processes), flush=True)
@@ -116,7 +118,7 @@ def read_rows(config: TrainConfig, knowledge: Knowledge, with_conditions: bool) 
     shown = Manifest(rows.path, spread(shown.rows, config.validation_images))
     names = {row.file_name for row in train_rows.rows}
     used = (*train_rows.rows, *(row for row in shown.rows if row.file_name not in names))
-    manifest.check(Manifest(rows.path, used), conditions=with_conditions)
+    manifest.check(Manifest(rows.path, used), conditions=with_conditions, knowledge=knowledge)
     if straddling := manifest.straddling_patients(rows.rows):
         raise InputError(f"{rows.path}: {'; '.join(straddling)}")
     return train_rows, shown
