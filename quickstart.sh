@@ -19,25 +19,26 @@ total=$(grep -c '^    stage ' quickstart.sh)
 # What each stage runs, and what it leaves in $R. Seconds are for 2 cores.
 stages() {
     stage data "phantom ultrasound with known truth, a long tail of classes" \
-        python -m data.prepare phantom --output_dir "$R/data" --preset longtail --count 1000 --seed 3 # 50 s
+        python -m data.prepare phantom --output_dir "$R/data" --preset longtail --count 800 --seed 3 # 35 s
     stage extra "further real images, for the upper bound" \
-        python -m data.prepare phantom --output_dir "$R/extra" --preset balanced --count 400 --seed 4 # 12 s
+        python -m data.prepare phantom --output_dir "$R/extra" --preset balanced --count 600 --seed 4 # 15 s
     stage pretrain "coarse training: the U-Net learns the data's prompts" \
         bash pretrain.sh --config configs/pretrain-tiny.yaml --data_dir "$R/data" --pretrained_model assets/tiny-base \
-        --output_dir "$R/pretrain" --max_train_steps 1200 --seed 0 # 140 s
+        --output_dir "$R/pretrain" --max_train_steps 500 --seed 0 # 140 s
     stage finetune "fine training: both control encoders and their fusion" \
         bash finetune.sh --config configs/finetune-tiny.yaml --data_dir "$R/data" --pretrained_model "$R/pretrain" \
-        --output_dir "$R/finetune" --max_train_steps 900 --seed 0 # 200 s
+        --output_dir "$R/finetune" --max_train_steps 450 --seed 0 # 200 s
     stage generated "synthesis" \
         python generation.py --model "$R/finetune" --data_dir "$R/data" --output_dir "$R/generated" \
-        --count benign=100,PTC=100,FTC=100,MTC=100 --steps 20 --guidance_scale 2 --batch_size 20 --seed 0 # 130 s
+        --count benign=150,PTC=150,FTC=150,MTC=150 --steps 16 --scheduler dpmsolver++ --guidance_scale 2 \
+        --batch_size 25 --seed 0 # 110 s
     stage quality.json "image quality" \
         python -m eval.quality --real "$R/data" --fake "$R/generated" --output "$R/quality.json" # 25 s
     stage control.json "control: masks, maps and prompts against what the images show" \
         python -m eval.control --real "$R/data" --fake "$R/generated" --output "$R/control.json" # 15 s
     stage classify "benefit: classifiers trained with and without synthetic images" \
         python -m eval.classify --real "$R/data" --fake "$R/generated" --extra_real "$R/extra" \
-        --output "$R/classify/report.json" --model resnet18 --image_size 64 --max_train_steps 600 # 240 s
+        --output "$R/classify/report.json" --model resnet18 --image_size 64 --max_train_steps 350 # 270 s
     stage report.html "report" \
         python -m eval.report --run "$R"
 }

@@ -47,10 +47,10 @@ def page(results: Results, figures: Mapping[str, Any], title: str) -> str:
     """The whole page."""
     sections = {
         "Benefit": benefit_section(results),
-        "Control": control_section(results),
-        "Quality": quality_section(results),
         "Samples": samples_section(results),
         "Conditions": conditions_section(results),
+        "Control": control_section(results),
+        "Quality": quality_section(results),
         "Data": data_section(results),
         "Training": training_section(results),
         "Commands": commands_section(results),
@@ -120,9 +120,9 @@ def benefit_section(results: Results) -> str:
     estimates = {
         title: {arms[arm]: bounds(entry) for arm, entry in tasks[task].items()} for task, title in titles.items()
     }
-    values = [[escape(arms[arm]), *(interval(of[name]) for name in names)] for arm, of in report["arms"].items()]
+    values = [[escape(arms[arm]), *(cell(of[name]) for name in names)] for arm, of in report["arms"].items()]
     gains = [
-        [escape(arms[arm]), *(interval(of[name]["minus_oversampling"]) for name in names)]
+        [escape(arms[arm]), *(cell(of[name]["minus_oversampling"]) for name in names)]
         for arm, of in report["arms"].items()
         if all("minus_oversampling" in of[name] for name in names)
     ]
@@ -131,7 +131,7 @@ def benefit_section(results: Results) -> str:
     text = (
         f"Test figures of {settings['model']}, trained from {'ImageNet' if settings['weights'] else 'scratch'} for "
         f"{settings['max_train_steps']:,} steps in every arm, mean of {plural(seeds, 'seed')}. AUC is between the two "
-        f"classes named. In brackets, the interval: {report['interval']}. Tiger-F puts "
+        f"classes named. Below each value, its interval: {report['interval']}. Tiger-F puts "
         f"{settings['synthetic_share']:.0%} synthetic images into every class of each batch; all arms but the first "
         "draw each class equally often."
     )
@@ -188,10 +188,8 @@ def control_section(results: Results) -> str:
     head = ["", "generated", "ceiling", "of ceiling", "floor"]
     categories = report["attribute_agreement"]["categories"]
     of_class = [
-        control_row(f"{label}: {name.replace('_', ' ')}", report[name]["per_class"][label])
+        [escape(label), *(class_cell(report[name]["per_class"].get(label)) for name in CONTROLS)]
         for label in report["mask_iou"]["per_class"]
-        for name in CONTROLS
-        if label in report[name]["per_class"]
     ]
     text = (
         "Judged by nets that were trained on phantom truth and see the image alone. Ceiling: the same judges on "
@@ -206,7 +204,7 @@ def control_section(results: Results) -> str:
         "<h3>By attribute</h3>",
         table(head, [control_row(name, part) for name, part in categories.items() if part]),
         "<h3>By class</h3>",
-        table(head[:-1], [row[:-1] for row in of_class]),
+        table(["class", *(escape(name.replace("_", " ").replace("iou", "IoU")) for name in CONTROLS)], of_class),
     )
 
 
@@ -217,6 +215,11 @@ def control_row(title: str, part: Mapping[str, Any]) -> list[str]:
     return [escape(title), interval(part["generated"]), number(part["ceiling"]["value"]), ratio, floor]
 
 
+def class_cell(part: Mapping[str, Any] | None) -> str:
+    """One class's figure over its ceiling."""
+    return cell(part["generated"], f"of {number(part['ceiling']['value'])}") if part else ""
+
+
 def quality_section(results: Results) -> str:
     """Distances between real and synthetic images, and similarity of pairs."""
     report = results.quality
@@ -224,17 +227,21 @@ def quality_section(results: Results) -> str:
         return ""
     groups = {"all classes": report["overall"], **report["per_class"]}
     rows = [
-        [escape(name), number(part["n"]), *(with_floor(part[metric]) for metric in METRICS if metric in part)]
+        [
+            escape(name),
+            number(part["n"]),
+            *(cell(part[metric], f"floor {number(part[metric]['floor'])}") for metric in METRICS if metric in part),
+        ]
         for name, part in groups.items()
     ]
     pairs = [
-        [escape(title), *(interval(part["ssim"][name]) if name in part["ssim"] else "" for part in groups.values())]
+        [escape(title), *(cell(part["ssim"][name]) if name in part["ssim"] else "" for part in groups.values())]
         for name, title in PAIRINGS.items()
         if any(name in part["ssim"] for part in groups.values())
     ]
     text = (
         f"Features of {report['extractor']}, images resized by {report['resize']}. Each value is the "
-        f"{report['value']}. Second line: the interval, {report['interval']}. Third line: the floor, "
+        f"{report['value']}. Below it, its interval: {report['interval']}. Floor: "
         f"{report['floor']}. An arrow points to the better side."
     )
     return section(
@@ -245,12 +252,6 @@ def quality_section(results: Results) -> str:
         f"<h3>SSIM</h3><p>Structural similarity of pairs of images, {escape(report['ssim'])}.</p>",
         table(["pair", *map(escape, groups)], pairs),
     )
-
-
-def with_floor(entry: Mapping[str, float]) -> str:
-    """Value, interval and floor on a line each."""
-    value, low, high = map(number, bounds(entry))
-    return f'<b>{value}</b><br>[{low}, {high}]<br><span class="soft">floor {number(entry["floor"])}</span>'
 
 
 def samples_section(results: Results) -> str:
@@ -381,7 +382,8 @@ def made_by(results: Results, output: str) -> str:
     titles = {entry["output"]: entry["title"] for entry in results.commands}
     if output not in titles:
         return ""
-    return f'<a class="command" href="#made-{escape(output)}">{escape(titles[output])}</a>'
+    name = titles[output].partition(":")[0]
+    return f'<a class="command" href="#made-{escape(output)}">{escape(name)}</a>'
 
 
 def bounds(entry: Mapping[str, float]) -> charts.Estimate:
@@ -390,18 +392,27 @@ def bounds(entry: Mapping[str, float]) -> charts.Estimate:
 
 
 def interval(entry: Mapping[str, float]) -> str:
-    """0.801 [0.750, 0.840]"""
+    """0.801 [0.750, 0.840], the interval in small print"""
     value, low, high = map(number, bounds(entry))
-    return f"{value} [{low}, {high}]"
+    return f"{value} <small>[{low}, {high}]</small>"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """0.12345 -> "0.123", 0.00012 -> "1.20e-04", 12345 -> "12,345"; a dash for what could not be computed."""
+def cell(entry: Mapping[str, float], note: str = "") -> str:
+    """A value, below it its interval, and below that a note."""
+    value, low, high = map(number, bounds(entry))
+    lines = [f"{value}", f"<small>[{low}, {high}]</small>", f"<small>{note}</small>" if note else ""]
+    return "<br>".join(line for line in lines if line)
+
+
+def number(value: float | None) -> str:
+    """0.12345 -> "0.123", 0.00012 -> "1.20e-04", 123.45 -> "123.5", 12345 -> "12,345"; a dash for what has no value."""
     if value is None or value != value:
         return "–"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.{digits}f}" if value == 0 or abs(value) >= 5 * 10**-digits else f"{value:.2e}"
+    if abs(value) >= 100:
+        return f"{value:,.1f}"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.005 else f"{value:.2e}"
 
 
 def plural(count: int, noun: str) -> str:

@@ -129,10 +129,11 @@ def test_report_scores_and_reuse(
 
     monkeypatch.setattr(classifier, "train", counting)
     (tmp_path / "scores" / "tiger_f-seed1.json").unlink()
-    classify.main([*given, "--no_realism"])
+    classify.main(given)
     assert trained == ["tiger_f, seed 1"]
     again = json.loads(output.read_text())
     assert again["arms"] == report["arms"] | {"tiger_f": again["arms"]["tiger_f"]}
+    assert again["real_vs_synthetic"] == report["real_vs_synthetic"]
     assert again["arms"]["tiger_f"]["macro_auc"] == tiger["macro_auc"]  # a training is a function of its seed
     trained.clear()
     changed = arguments(

@@ -49,9 +49,8 @@ def test_every_layout_trains_and_loads_in_plain_diffusers(layout, bases, data, t
     pipe = DiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("benign", num_inference_steps=2, output_type="np").images.shape[0] == 1
-    kept = {"prediction_type", "rescale_betas_zero_snr", "timestep_spacing", "beta_schedule", "beta_end"}
     before, after = (json.loads((d / "scheduler/scheduler_config.json").read_text()) for d in (bases[layout], tmp_path))
-    assert {key: before[key] for key in kept} == {key: after[key] for key in kept}
+    assert before == after
     assert (tmp_path / "validation" / "step-2.png").stat().st_size > 1000
     assert list((tmp_path / "logs").iterdir())
     loss = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

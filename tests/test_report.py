@@ -185,8 +185,8 @@ def test_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
 
 
 def test_numbers() -> None:
-    given = [0.12345, 0.0012, 0.0, 12345, -0.5, None, float("nan"), 0.005]
-    assert [number(x) for x in given] == ["0.123", "1.20e-03", "0.000", "12,345", "-0.500", "–", "–", "0.005"]
+    given = [0.12345, 0.0012, 0.0, 12345, -0.5, None, float("nan"), 0.005, 123.456]
+    assert [number(x) for x in given] == ["0.123", "1.20e-03", "0.000", "12,345", "-0.500", "–", "–", "0.005", "123.5"]
 
 
 def test_montage_and_outline() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tiger.stage import SampleNoise, image_grid
-from tiger.trainer import Ema, drop_lines_after, lr_factor, train
+from tiger.trainer import Ema, drop_lines_after, lr_factor, set_rates, train
 
 ROWS = 10
 
@@ -208,6 +208,12 @@ def test_learning_rates():
     assert lr_factor("linear", 10, 10, 110) == 1 and lr_factor("linear", 60, 10, 110) == 0.5
     assert lr_factor("cosine", 60, 10, 110) == pytest.approx(0.5) and lr_factor("cosine", 110, 10, 110) == 0
     assert lr_factor("cosine", 85, 10, 110) == pytest.approx(0.1464466)
+
+
+def test_every_optimizer_follows_the_schedule():
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr) for lr in (0.1, 0.4)]
+    set_rates(optimizers, [[0.1], [0.4]], 0.5)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [0.05, 0.2]
 
 
 def test_the_average_by_hand():

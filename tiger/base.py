@@ -11,6 +11,7 @@ Groups with a published base (SD-1.5, SD-2.1) never need this module.
 """
 
 import argparse
+import json
 import math
 import shlex
 import shutil
@@ -33,7 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tiger import manifest
 from tiger.errors import InputError, run
-from tiger.files import read_json, write_json
+from tiger.files import atomic_path, read_json, write_json
 from tiger.knowledge import Knowledge
 from tiger.tokenizer import build_clip_tokenizer
 
@@ -382,6 +383,9 @@ def export(args: argparse.Namespace) -> None:
         args.output_dir / "text_encoder" / "config.json"
     )  # transformers would otherwise load it as it is stored
     write_json(config_path, read_json(config_path) | {"dtype": "float32"})
+    vocabulary = args.output_dir / "tokenizer" / "tokenizer.json"  # written with indentation: half of it is white space
+    with atomic_path(vocabulary) as temporary:
+        temporary.write_text(json.dumps(read_json(vocabulary), ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
     figures = [args.figures / f"{name}.json" for name in ("autoencoder", "decoder", "text_encoder")]
     figures.append(Path(args.model) / "metrics.jsonl")
     for path in figures:  # how it was made, beside it

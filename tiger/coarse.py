@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import nn
 from transformers import CLIPTextModel
@@ -13,9 +14,18 @@ from transformers import CLIPTextModel
 from tiger import diffusion
 from tiger.components import Components
 from tiger.dataset import TextCache
+from tiger.files import write_json
 from tiger.pipeline import TigerPipeline
 from tiger.stage import Losses, SampleNoise, draw, image_grid, noised
 from tiger.tokenizer import encode_text, token_ids
+
+LAYOUT = {  # of the finished model: folder -> (library, class)
+    "vae": ("diffusers", "AutoencoderKL"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "scheduler": ("diffusers", "DDIMScheduler"),
+}
 
 
 class CoarseModel(nn.Module):
@@ -112,9 +122,12 @@ class CoarseStage:
         return image_grid([real / 2 + 0.5, drawn])
 
     def export(self, folder: Path) -> None:
-        """A plain StableDiffusionPipeline."""
-        parts = self.components
-        StableDiffusionPipeline(
-            parts.vae, parts.text_encoder, parts.tokenizer, parts.unet, parts.scheduler,  # type: ignore[arg-type]
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,  # type: ignore[arg-type]
-        ).save_pretrained(str(folder))  # fmt: skip
+        """A plain StableDiffusionPipeline.
+
+        Written part by part: that class, when it is built, changes the scheduler's steps_offset.
+        """
+        for name in LAYOUT:
+            getattr(self.components, name).save_pretrained(str(folder / name))
+        absent = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None))
+        index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__}
+        write_json(folder / "model_index.json", index | LAYOUT | absent | {"requires_safety_checker": False})

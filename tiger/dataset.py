@@ -211,7 +211,7 @@ class LatentCache:
 
 
 def cache_latents(
-    vae: AutoencoderKL, dataset: TigerDataset, cache_dir: Path, *, batch_size: int = 32, rank: int = 0, world: int = 1,
+    vae: AutoencoderKL, dataset: TigerDataset, cache_dir: Path, *, batch_size: int = 16, rank: int = 0, world: int = 1,
     wait: Callable[[], None] = lambda: None,
 ) -> LatentCache:  # fmt: skip
     """Encode every image that the cache does not hold yet, and return the cache.
