@@ -1,6 +1,6 @@
 """What the autoencoder of a base loses: the judges' figures on real images, and on their reconstructions.
 
-    python -m benchmarks.autoencoder --model assets/tiny-base --data_dir runs/base/judges
+python -m benchmarks.autoencoder --model assets/tiny-base --data_dir runs/base/judges
 """
 
 import argparse

@@ -464,7 +464,6 @@ def _speckle(level: Array, sharpness: float, rng: np.random.Generator) -> Array:
     zones = [(0.0, 1.35), (0.4, 1.1), (1.0, 2.3)]  # depth, lateral width in pixels
     depths = [depth for depth, _ in zones]
     rows = np.linspace(0, 1, n)
-    intensity = np.zeros((n, n), np.float32)
     filtered = np.zeros((len(zones), 2 * LOOKS, n, n), np.float32)
     for k, (_, lateral) in enumerate(zones):
         sigma = lateral * sharpness * n / 192
@@ -476,8 +475,7 @@ def _speckle(level: Array, sharpness: float, rng: np.random.Generator) -> Array:
         weight = np.interp(rows, depths, np.eye(len(zones))[k]).astype(np.float32)[:, None]
         filtered[k] *= weight
     echo = filtered.sum(0)
-    intensity = (echo**2).sum(0) / (2 * LOOKS)
-    return intensity
+    return (echo**2).sum(0) / (2 * LOOKS)
 
 
 _SHARPNESS = {"less definition": 1.6, "definition": 1.1, "more definition": 0.75}

@@ -1,4 +1,6 @@
-"""One optimisation step of each stage at Stable Diffusion 2.1's size, on a CPU: minutes, 20 GiB of memory, 40 GB of disk.
+"""One optimisation step of each stage at Stable Diffusion 2.1's size, on a CPU.
+
+Minutes, 20 GiB of memory, 40 GB of disk:
 
 bash tests/run.sh -m slow tests/test_full_size.py
 """

@@ -1,4 +1,4 @@
-"""The phantom: exact truth, attributes that are visible, class tables that are what they claim, data sets that resume."""
+"""The phantom: exact truth, visible attributes, class tables that are what they claim, data sets that resume."""
 
 import time
 from collections import Counter

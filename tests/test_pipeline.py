@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 import tiger.pipeline
@@ -260,6 +261,11 @@ def test_fg_then_bg_on_images_inpaints_the_nodule_then_the_rest(make_pipe, solve
     run(pipe, branches="fg_then_bg", images=images(), num_inference_steps=3, **keep(seen))
     nodule = latent_mask(conditions()["masks"], (8, 8)).bool().expand(-1, 4, -1, -1)
     init = pipe._encode_images(images())
+    reference = solver.from_config(pipe.scheduler.config)
+    reference.set_timesteps(3)
+    noise = randn_tensor((2, 4, 8, 8), generators())
+    known = reference.add_noise(init, noise, reference.timesteps[1:2])  # after the first of three steps
+    torch.testing.assert_close(seen[0][~nodule], known[~nodule])
     first, second = seen[2], seen[5]
     assert torch.equal(first[~nodule], init[~nodule])
     assert not torch.isclose(first[nodule], init[nodule]).any()

@@ -385,7 +385,9 @@ def export(args: argparse.Namespace) -> None:
     write_json(config_path, read_json(config_path) | {"dtype": "float32"})
     vocabulary = args.output_dir / "tokenizer" / "tokenizer.json"  # written with indentation: half of it is white space
     with atomic_path(vocabulary) as temporary:
-        temporary.write_text(json.dumps(read_json(vocabulary), ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+        temporary.write_text(
+            json.dumps(read_json(vocabulary), ensure_ascii=False, separators=(",", ":")), encoding="utf-8"
+        )
     figures = [args.figures / f"{name}.json" for name in ("autoencoder", "decoder", "text_encoder")]
     figures.append(Path(args.model) / "metrics.jsonl")
     for path in figures:  # how it was made, beside it

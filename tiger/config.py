@@ -179,16 +179,18 @@ class GenerationConfig:
         output_dir: PNGs and metadata.jsonl go here; the same command makes what is missing
         count: images to make of each class, as FTC=30,MTC=30
         mode: new images from prompt, mask and map (diversify), or variations of real training images (refine)
-        prompts: where diversify's prompts come from: the class's training prompts (train); terms drawn from the knowledge
-            base (knowledge, Tiger-F); status and subtype names alone (names, Tiger-N); terms drawn one by one as often as
-            the class's training rows have them (estimated); train for common and knowledge for rare classes (auto)
+        prompts: where diversify's prompts come from: the class's training prompts (train); terms drawn from the
+            knowledge base (knowledge, Tiger-F); status and subtype names alone (names, Tiger-N); terms drawn one by one
+            as often as the class's training rows have them (estimated); train for common and knowledge for rare
+            classes (auto)
         knowledge: vocabulary of the organ: a name in configs/knowledge or a YAML file
         branches: both encoders in one pass, one of them alone, or the nodule first and then its surroundings
         steps: sampler steps
         scheduler: sampler
         guidance_scale: weight of the prompt (classifier-free guidance; 1: off)
         guidance_rescale: 0..1, pulls guided predictions back to the spread of unguided ones (arXiv:2305.08891)
-        control_uncond: what the unconditional branch gets: no control, as in the paper's eq. 13 (null), or control (text)
+        control_uncond: what the unconditional branch gets: no control, as in the paper's eq. 13 (null), or control and
+            an empty prompt (text)
         resolution_weighting: weigh each residual by 64 / its size (ControlNet, section 3.4)
         fg_scale: factor on the foreground encoder's residuals
         bg_scale: factor on the background encoder's residuals

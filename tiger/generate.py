@@ -309,8 +309,9 @@ class Output:
     def _found(self, knowledge: Knowledge) -> list[Item]:
         """(label, number) of every image, by class in the knowledge base's order, then number."""
         order = {label: index for index, label in enumerate(knowledge.subtypes)}
-        names = (path.stem.rpartition("_") for path in (self.folder / FOLDERS["file_name"]).glob("[!.]*_*.png"))
-        return sorted(((label, int(number)) for label, _, number in names), key=lambda x: (order[x[0]], x[1]))
+        names = [path.stem.rpartition("_") for path in (self.folder / FOLDERS["file_name"]).glob("*.png")]
+        items = [(label, int(number)) for label, _, number in names if label in order and number.isdecimal()]
+        return sorted(items, key=lambda item: (order[item[0]], item[1]))
 
 
 def is_png(path: Path) -> bool:
