@@ -15,6 +15,10 @@ $python -m data.prepare phantom --output_dir "$work/data" --count 16000 --seed 1
 if [[ ! -f $work/init/autoencoder.json ]]; then
     $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 4500
 fi
+if [[ ! -f $work/init/decoder.json ]]; then
+    $python -m tiger.base decoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 2500 \
+        --train_batch_size 12
+fi
 if [[ ! -f $work/init/text_encoder.json ]]; then
     $python -m tiger.base text_encoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 700
 fi

@@ -156,6 +156,25 @@ def test_a_classifier_learns_and_keeps_its_best_state(folders: dict[str, Path]) 
     assert classifier.macro_auc(y["test"], classifier.predict(net, images["test"])) == notes["valid_macro_auc"] > 0.75
 
 
+def test_the_state_is_selected_on_valid(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = manifest.read(folders["real"]).select(split="valid")
+    valid = classify.load_images(rows, 32), np.array([CLASSES.index(str(row.label)) for row in rows.rows])
+    looks: list[tuple[float, np.ndarray]] = []
+
+    def scripted(y: np.ndarray, p: np.ndarray, classes: list[int]) -> float:
+        assert np.array_equal(y, valid[1])
+        looks.append(((0.5, 0.9, 0.3, 0.9)[len(looks)], p))
+        return looks[-1][0]
+
+    monkeypatch.setattr(classifier, "macro_auc", scripted)
+    recipe = classifier.Recipe(model="resnet18", max_train_steps=4, train_batch_size=8, validations=4)
+    net, notes = classifier.train(
+        recipe, *valid, lambda rng: rng.integers(24, size=8), valid, classes=3, seed=0, description="test"
+    )
+    assert (notes["selected_step"], notes["valid_macro_auc"]) == (2, 0.9)
+    np.testing.assert_allclose(classifier.predict(net, valid[0]), looks[1][1], atol=1e-6)
+
+
 def spoil(source: Path, folder: Path, change) -> Path:
     """A manifest beside the pictures of `source` in which `change(row)` has been applied to every row."""
     path = source / f"{folder.name}.jsonl"
