@@ -198,7 +198,7 @@ def _signed_distance(mask: NDArray[np.uint8]) -> Array:
 
 
 def _sigmoid(x: Array) -> Array:
-    return 1.0 / (1.0 + np.exp(-np.clip(x, -30, 30)))
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(x, -30, 30))), np.float32)
 
 
 def _rotate(points: Array, angle: float) -> Array:
@@ -332,7 +332,7 @@ def _paint_neck(n: int, lobe: NDArray[np.uint8], plane: str, side: float, rng: n
     facing_probe = np.clip(
         np.abs(cv2.Sobel(distance, cv2.CV_32F, 0, 1, ksize=3)) / 8, 0, 1
     )  # specular reflectors face the probe
-    _fascia(tissue, distance + 3.5 * (1 - facing_probe), 0.5, 1.3, rng)
+    _fascia(tissue, np.asarray(distance + 3.5 * (1 - facing_probe), np.float32), 0.5, 1.3, rng)
     return tissue
 
 

@@ -70,16 +70,15 @@ class PerceptualLoss(nn.Module):
         net = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         tensors = torch.load(str(weights), weights_only=True).values()  # the same order under other names
         net.load_state_dict(dict(zip(net.state_dict(), tensors, strict=True)))
-        self.net = net.eval().requires_grad_(False)
-        self.net.blocks = self.net.blocks[:3]
+        self.stem = nn.Sequential(net.conv_stem, net.bn1)  # type: ignore[arg-type]  # timm's stubs say Tensor | Module
+        self.blocks = net.blocks[:3]  # type: ignore[index]
+        self.eval().requires_grad_(False)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """(B, 3, H, W) in [-1, 1] → channel-normalised maps at strides 2, 2, 4, 8."""
-        x = self.net.bn1(self.net.conv_stem(x))
-        maps = [x]
-        for block in self.net.blocks:
-            x = block(x)
-            maps.append(x)
+        maps = [self.stem(x)]
+        for block in self.blocks:
+            maps.append(block(maps[-1]))  # type: ignore[operator]
         return [F.normalize(m, dim=1) for m in maps]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -128,12 +127,12 @@ def discriminator(width: int = 32) -> nn.Module:
 
 def new_autoencoder(resolution: int) -> AutoencoderKL:
     """A factor-8 KL autoencoder of 1.7 M parameters."""
-    return AutoencoderKL(
+    return AutoencoderKL(  # diffusers' annotations say tuples of one
         in_channels=3,
         out_channels=3,
-        block_out_channels=(16, 32, 64, 96),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 96),  # type: ignore[arg-type]
+        down_block_types=("DownEncoderBlock2D",) * 4,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 4,  # type: ignore[arg-type]
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
@@ -160,7 +159,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     refine = args.command == "decoder"
     vae = AutoencoderKL.from_pretrained(args.output_dir / "vae") if refine else new_autoencoder(images.shape[1])
-    vae = vae.to(memory_format=torch.channels_last).train()
+    vae.to(memory_format=torch.channels_last).train()  # type: ignore[call-arg]  # diffusers' wrapper hides `self`
     perceptual, spectral = PerceptualLoss(), SpectrumLoss()
     critic = discriminator()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
@@ -173,12 +172,12 @@ def train_autoencoder(args: argparse.Namespace) -> None:
         adversarial = step >= adversarial_from
         if step == adversarial_from:
             vae.encoder.requires_grad_(False)
-            vae.quant_conv.requires_grad_(False)
+            vae.get_submodule("quant_conv").requires_grad_(False)
         size = images.shape[1] if step % 10 == 0 else images.shape[1] // 2  # crops: more steps for the same pixels
         batch = args.train_batch_size // 4 if step % 10 == 0 else args.train_batch_size
         x = random_crops(images, size, batch, args.seed, step)
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
+        posterior = vae.encode(x, return_dict=False)[0]
+        y = vae.decode(posterior.sample(), return_dict=False)[0]  # type: ignore[arg-type]
         reconstruction, feature = (x - y).abs().mean(), perceptual(x, y)
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         loss = reconstruction + args.perceptual_weight * feature + args.kl_weight * kl
@@ -216,8 +215,8 @@ def save_autoencoder(
 ) -> None:
     """Set the latent scale from held-out images, save, and write a picture and the figures beside it."""
     x = torch.from_numpy(held_out.astype(np.float32) / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
-    latents = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(16)])
-    y = torch.cat([vae.decode(part).sample for part in latents.split(16)]).clamp(-1, 1)
+    latents = torch.cat([vae.encode(part, return_dict=False)[0].mean for part in x.split(16)])
+    y = torch.cat([vae.decode(part, return_dict=False)[0] for part in latents.split(16)]).clamp(-1, 1)  # type: ignore[arg-type]
     psnr = 10 * torch.log10(4 / (x - y).square().mean((1, 2, 3))).mean().item()
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     vae.save_pretrained(args.output_dir / "vae")
