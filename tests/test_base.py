@@ -44,7 +44,7 @@ def test_loads_with_plain_diffusers_and_follows_a_prompt():
 def test_is_small_and_holds_no_pickle():
     files = [path for path in BASE.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 25e6
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors"}
 
 
 def test_its_autoencoder_keeps_the_image(data):

@@ -220,8 +220,7 @@ def save_autoencoder(
     psnr = 10 * torch.log10(4 / (x - y).square().mean((1, 2, 3))).mean().item()
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     vae.save_pretrained(args.output_dir / "vae")
-    pairs = torch.cat([x[:8, 0], y[:8, 0]]).reshape(2, 8, *x.shape[2:])
-    grid = pairs.permute(0, 2, 1, 3).reshape(2 * x.shape[2], -1)
+    grid = torch.cat([torch.cat(list(images[:8, 0]), dim=1) for images in (x, y)])  # real above, reconstructed below
     Image.fromarray(((grid + 1) * 127.5).byte().numpy()).save(args.output_dir / "reconstructions.png")
     figures = {"psnr_db": round(psnr, 2), "seconds": round(seconds), "steps": args.max_train_steps, "losses": losses}
     write_json(
