@@ -34,6 +34,7 @@ K = 5  # neighbours, as in Naeem et al. 2020
 BLOCK = 2048  # rows of a distance matrix that are held at once
 REPEATS = 10  # random splits that a value is averaged over
 RESAMPLES = 100
+SHARES = ("coverage", "precision", "recall")  # within 0 and 1, which a centred interval need not respect
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -221,6 +222,8 @@ def compare(
         value = float(np.mean([v[name] for v in values]))
         drawn = np.array([d[name] for d in draws])
         low, high = statistics.percentile_interval(drawn - drawn.mean() + value)
+        if name in SHARES:
+            low, high = max(low, 0.0), min(high, 1.0)
         floor = float(np.mean([v[name] for v in floors]))
         report[name] = {"value": value, "low": low, "high": high, "floor": floor}
     return report

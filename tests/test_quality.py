@@ -168,6 +168,7 @@ def test_report(sets: tuple[Manifest, Manifest], tmp_path: Path, monkeypatch: py
         for metric in ("fid", "kid", "density", "coverage", "precision", "recall"):
             assert part[metric]["low"] <= part[metric]["value"] <= part[metric]["high"]
             assert "floor" in part[metric]
+            assert metric not in quality.SHARES or 0 <= part[metric]["low"] <= part[metric]["high"] <= 1
         assert set(part["ssim"]) == {"random", "random real", "condition", "nearest", "nearest real"}
     for metric in ("fid", "kid"):  # just as good as real ones
         entry = report["overall"][metric]
