@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -382,7 +383,7 @@ def made_by(results: Results, output: str) -> str:
     titles = {entry["output"]: entry["title"] for entry in results.commands}
     if output not in titles:
         return ""
-    name = titles[output].partition(":")[0]
+    name = re.split("[:,]", titles[output])[0]
     return f'<a class="command" href="#made-{escape(output)}">{escape(name)}</a>'
 
 
