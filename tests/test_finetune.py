@@ -9,8 +9,7 @@ from accelerate import Accelerator
 from conftest import LAYOUTS, awaken
 from diffusers import ControlNetModel
 from PIL import Image
-from safetensors.torch import load_file
-from training_samples import SIDE, flags, save_base, save_data
+from training_samples import SIDE, differing, flags, save_base, save_data
 
 from tiger import finetune, manifest
 from tiger.components import load_components
@@ -38,12 +37,6 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 def train(base: Path, data: Path, output_dir: Path, **values: object) -> None:
     finetune.main(flags(pretrained_model=base, data_dir=data, output_dir=output_dir, **values))
-
-
-def differing(a: Path, b: Path) -> list[str]:
-    """Names of the tensors that two safetensors files do not share bit for bit."""
-    first, second = load_file(a), load_file(b)
-    return [name for name, value in first.items() if not torch.equal(value, second[name])]
 
 
 def test_every_layout_trains_and_loads(layout, bases, data, tmp_path):

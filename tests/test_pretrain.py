@@ -11,7 +11,7 @@ import torch
 from conftest import LAYOUTS
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from training_samples import flags, save_base, save_data
+from training_samples import differing, flags, save_base, save_data
 
 from tiger import pretrain
 from tiger.components import load_components
@@ -33,12 +33,6 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 def train(base: Path, data: Path, output_dir: Path, **values: object) -> None:
     pretrain.main(flags(pretrained_model=base, data_dir=data, output_dir=output_dir, **values))
-
-
-def differing(a: Path, b: Path) -> list[str]:
-    """Names of the tensors that two safetensors files do not share bit for bit."""
-    first, second = load_file(a), load_file(b)
-    return [name for name, value in first.items() if not torch.equal(value, second[name])]
 
 
 def test_every_layout_trains_and_loads_in_plain_diffusers(layout, bases, data, tmp_path):

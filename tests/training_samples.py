@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from conftest import make_scheduler, make_text_encoder, make_unet, make_vae
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from tiger.tokenizer import build_clip_tokenizer
 
@@ -59,3 +61,9 @@ def flags(**values: object) -> list[str]:
         "learning_rate": 1e-3,
     }  # fmt: skip
     return [f"--{name}={value}" for name, value in (settings | values).items()]
+
+
+def differing(a: Path, b: Path) -> list[str]:
+    """Names of the tensors that two safetensors files do not share bit for bit."""
+    first, second = load_file(a), load_file(b)
+    return [name for name, value in first.items() if not torch.equal(value, second[name])]

@@ -377,9 +377,8 @@ def export(args: argparse.Namespace) -> None:
     for model in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         model.half()
     pipeline.save_pretrained(str(args.output_dir))
-    config_path = (
-        args.output_dir / "text_encoder" / "config.json"
-    )  # transformers would otherwise load it as it is stored
+    config_path = args.output_dir / "text_encoder" / "config.json"
+    # Without it transformers would load the weights as they are stored.
     write_json(config_path, read_json(config_path) | {"dtype": "float32"})
     vocabulary = args.output_dir / "tokenizer" / "tokenizer.json"  # written with indentation: half of it is white space
     with atomic_path(vocabulary) as temporary:
