@@ -13,11 +13,7 @@ python=.venv/bin/python
 
 $python -m data.prepare phantom --output_dir "$work/data" --count 16000 --seed 11 --preset common
 if [[ ! -f $work/init/autoencoder.json ]]; then
-    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 4500
-fi
-if [[ ! -f $work/init/decoder.json ]]; then
-    $python -m tiger.base decoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 2500 \
-        --train_batch_size 12
+    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 6000
 fi
 if [[ ! -f $work/init/text_encoder.json ]]; then
     $python -m tiger.base text_encoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 700

@@ -45,19 +45,13 @@ def test_unknown_prediction_type(batch):
         diffusion.target(scheduler, *batch)
 
 
-def test_randomness_comes_from_the_generator():
-    scheduler, latents = make_scheduler("sd15"), torch.zeros(64, 4, 2, 2)
-    before = torch.get_rng_state()
-    draws = []
-    for _ in range(2):
-        generator = torch.Generator().manual_seed(7)
-        timesteps = diffusion.sample_timesteps(scheduler, 1000, generator, "cpu")
-        draws.append((timesteps, diffusion.sample_noise(latents, generator)))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(a, b) for a, b in zip(*draws, strict=True))
-    timesteps, noise = draws[0]
-    assert timesteps.min() >= 0 and 950 < timesteps.max() < 1000
-    assert abs(noise.std() - 1) < 0.1
+@pytest.mark.parametrize(("sampling", "below"), [("uniform", 0.5), ("cubic", 1 - 0.5 ** (1 / 3))])
+def test_timesteps(sampling, below):
+    timesteps = diffusion.timesteps(torch.linspace(0, 1, 100_001)[:-1], 1000, sampling)
+    assert timesteps.dtype == torch.int64 and timesteps.min() == 0 and timesteps.max() == 999
+    assert abs((timesteps < 500).float().mean() - below) < 1e-3  # P(1 − u³ < ½) = 1 − ½^⅓
+    with pytest.raises(ValueError, match="sigmoid"):
+        diffusion.timesteps(torch.zeros(1), 1000, "sigmoid")
 
 
 def test_min_snr_formulas():

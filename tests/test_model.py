@@ -77,6 +77,24 @@ def test_stable_diffusion_keeps_controlnets_own_embedding_widths():
     assert list(net.config.conditioning_embedding_out_channels) == [16, 32, 96, 256]
 
 
+def test_condition_embedding_is_half_as_wide_in_a_narrow_base():
+    net = control_encoder(make_unet("tiny"))
+    widest = net.config.block_out_channels[0]
+    assert list(net.config.conditioning_embedding_out_channels) == [8, 16, min(48, widest), min(128, widest)]
+
+
+def test_the_condition_keeps_its_size_on_its_way_through_the_embedding():
+    torch.manual_seed(0)
+    embedding = control_encoder(make_unet("sd15")).controlnet_cond_embedding
+    hidden = torch.nn.functional.avg_pool2d(torch.rand(4, 3, 64, 64), 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    spread = [hidden.std((2, 3)).mean()]  # over positions: what is said of where
+    for layer in (embedding.conv_in, *embedding.blocks):
+        hidden = torch.nn.functional.silu(layer(hidden))
+        spread.append(hidden.std((2, 3)).mean())
+    assert spread[-1] > 0.3 * spread[0]
+    assert not embedding(torch.rand(1, 3, 64, 64)).any()  # the last layer starts at zero
+
+
 def train(model: DualControlNet, unet: torch.nn.Module, steps: int) -> None:
     """A few AdamW steps of the joint loss."""
     unet.requires_grad_(False)

@@ -1,8 +1,7 @@
 """Make a small base model from nothing: the autoencoder and the text encoder of assets/tiny-base.
 
-    python -m tiger.base autoencoder  --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 9000
-    python -m tiger.base decoder      --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 2500
-    python -m tiger.base text_encoder --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 3000
+    python -m tiger.base autoencoder  --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 6000
+    python -m tiger.base text_encoder --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 700
     python -m tiger.base assemble     --output_dir runs/base/init
     python -m tiger.base export       --model runs/base/pretrain --figures runs/base/init --output_dir assets/tiny-base
 
@@ -25,7 +24,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tiger import manifest
+from tiger.components import load_components
 from tiger.errors import InputError, run
 from tiger.files import atomic_path, read_json, write_json
 from tiger.knowledge import Knowledge
@@ -89,7 +89,8 @@ class PerceptualLoss(nn.Module):
 class SpectrumLoss(nn.Module):
     """Distance between local power spectra, in log units: how much grain of which size, not where each grain lies.
 
-    A factor-8 code cannot hold the speckle itself; without this the decoder answers with the mean, which is smooth.
+    A factor-8 code cannot hold the speckle itself. Without this the decoder answers with the mean, which is smooth, and
+    the encoder does not say how coarse the grain was.
     """
 
     basis: Tensor
@@ -149,23 +150,19 @@ def cosine(step: int, total: int, peak: float, warmup: int = 100) -> float:
 
 
 def train_autoencoder(args: argparse.Namespace) -> None:
-    """Reconstruction (L1 + perceptual + KL), then the decoder alone against a PatchGAN, so that latents stay put.
-
-    The command `decoder` goes on with the second part: a model trained on the latents stays valid.
-    """
+    """Reconstruction (L1 + perceptual + spectrum + KL), then the decoder alone against a PatchGAN too."""
     data = manifest.read(args.data_dir)
     images = load_gray(data.select(split="train"))
     held_out = load_gray(data.select(split="valid"))[:256]
     torch.manual_seed(args.seed)
-    refine = args.command == "decoder"
-    vae = AutoencoderKL.from_pretrained(args.output_dir / "vae") if refine else new_autoencoder(images.shape[1])
+    vae = new_autoencoder(images.shape[1])
     vae.to(memory_format=torch.channels_last).train()  # type: ignore[call-arg]  # diffusers' wrapper hides `self`
     perceptual, spectral = PerceptualLoss(), SpectrumLoss()
     critic = discriminator()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), fused=True)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=2e-4, betas=(0.5, 0.9), fused=True)
     total = args.max_train_steps
-    adversarial_from = 0 if refine else round(total * args.reconstruction_share)
+    adversarial_from = round(total * args.reconstruction_share)
     started, losses, balance = time.time(), [], None
     bar = tqdm(range(total), desc=args.command, unit="step", mininterval=5)
     for step in bar:
@@ -180,9 +177,8 @@ def train_autoencoder(args: argparse.Namespace) -> None:
         y = vae.decode(posterior.sample(), return_dict=False)[0]  # type: ignore[arg-type]
         reconstruction, feature = (x - y).abs().mean(), perceptual(x, y)
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        loss = reconstruction + args.perceptual_weight * feature + args.kl_weight * kl
         spectrum = spectral(x, y)
-        loss = loss + args.spectrum_weight * spectrum
+        loss = reconstruction + args.perceptual_weight * feature + args.kl_weight * kl + args.spectrum_weight * spectrum
         if adversarial:
             fool = -critic(y).mean()
             if step % 25 == 0 or balance is None:  # keep both gradients in proportion; measuring it costs half a step
@@ -373,10 +369,12 @@ def assemble(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Copy a trained base with its weights stored in half precision; they load as float32."""
-    pipeline = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32)
-    for model in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
-        model.half()
-    pipeline.save_pretrained(str(args.output_dir))
+    parts = load_components(args.model)
+    for name in ("vae", "unet", "text_encoder"):
+        getattr(parts, name).half().save_pretrained(str(args.output_dir / name))
+    parts.tokenizer.save_pretrained(str(args.output_dir / "tokenizer"))
+    shutil.copytree(Path(args.model) / "scheduler", args.output_dir / "scheduler", dirs_exist_ok=True)
+    shutil.copy(Path(args.model) / "model_index.json", args.output_dir)
     config_path = args.output_dir / "text_encoder" / "config.json"
     # Without it transformers would load the weights as they are stored.
     write_json(config_path, read_json(config_path) | {"dtype": "float32"})
@@ -385,7 +383,7 @@ def export(args: argparse.Namespace) -> None:
         temporary.write_text(
             json.dumps(read_json(vocabulary), ensure_ascii=False, separators=(",", ":")), encoding="utf-8"
         )
-    figures = [args.figures / f"{name}.json" for name in ("autoencoder", "decoder", "text_encoder")]
+    figures = [args.figures / f"{name}.json" for name in ("autoencoder", "text_encoder")]
     figures.append(Path(args.model) / "metrics.jsonl")
     for path in figures:  # how it was made, beside it
         if path.is_file():
@@ -398,7 +396,6 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     parts = {
         "autoencoder": train_autoencoder,
-        "decoder": train_autoencoder,
         "text_encoder": train_text_encoder,
         "assemble": assemble,
         "export": export,
@@ -416,16 +413,12 @@ def main(argv: list[str] | None = None) -> None:
     export_parser = commands.choices["export"]
     export_parser.add_argument("--model", required=True, help="folder that pretrain.sh wrote")
     export_parser.add_argument("--figures", type=Path, required=True, help="folder with the figures of the other parts")
-    for name in ("autoencoder", "decoder"):
-        part = commands.choices[name]
-        if name == "autoencoder":
-            part.add_argument(
-                "--reconstruction_share", type=float, default=0.75, help="steps before the PatchGAN joins"
-            )
-        part.add_argument("--perceptual_weight", type=float, default=0.2)
-        part.add_argument("--adversarial_weight", type=float, default=0.5, help="relative to the other gradients")
-        part.add_argument("--kl_weight", type=float, default=5e-4)
-        part.add_argument("--spectrum_weight", type=float, default=0.0 if name == "autoencoder" else 0.05)
+    autoencoder = commands.choices["autoencoder"]
+    autoencoder.add_argument("--reconstruction_share", type=float, default=0.8, help="steps before the PatchGAN joins")
+    autoencoder.add_argument("--perceptual_weight", type=float, default=0.2)
+    autoencoder.add_argument("--adversarial_weight", type=float, default=0.5, help="relative to the other gradients")
+    autoencoder.add_argument("--kl_weight", type=float, default=1e-3)
+    autoencoder.add_argument("--spectrum_weight", type=float, default=0.3)
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     args.output_dir.mkdir(parents=True, exist_ok=True)

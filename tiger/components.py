@@ -29,9 +29,11 @@ class Components:
     noise_schedule: "DDPMScheduler"  # the same for training
 
     def to(self, device: "torch.device") -> None:
-        """Move the networks."""
+        """Move the networks, convolutions in the memory format that is fastest for them."""
+        import torch
+
         for network in self.networks:
-            network.to(device)
+            network.to(device, memory_format=torch.channels_last)
 
     @property
     def networks(self) -> "tuple[torch.nn.Module, ...]":

@@ -146,6 +146,8 @@ class FinetuneConfig(TrainConfig):
         update: gradients from one pass, each encoder its own loss (separate); one encoder a step (alternate); the sum
             of both losses to everything (joint)
         bg_region: where the background loss is taken: outside the nodule, or everywhere
+        timestep_sampling: how often each noise level is trained: all alike, or mostly the high ones, where control
+            decides what an image shows: t = (1 - u^3) T
         blank_nodule: the Sobel map is zeroed inside the nodule
         fg_dropout: probability that an image is trained without its foreground branch
         bg_dropout: probability that an image is trained without its background branch
@@ -156,6 +158,7 @@ class FinetuneConfig(TrainConfig):
     fusion_gain: float = 1.0
     update: Literal["separate", "alternate", "joint"] = "separate"
     bg_region: Literal["outside", "full"] = "outside"
+    timestep_sampling: Literal["uniform", "cubic"] = "uniform"
     blank_nodule: bool = True
     fg_dropout: float = 0.1
     bg_dropout: float = 0.1

@@ -1,6 +1,6 @@
-"""Noise, targets, weights and losses: pure functions.
+"""Timesteps, noise, targets, weights and losses: pure functions.
 
-All randomness comes from the generator that is passed in. Latents are (B, C, h, w), timesteps (B,) int64.
+Latents are (B, C, h, w), timesteps (B,) int64.
 """
 
 from typing import Any
@@ -12,18 +12,17 @@ from diffusers import DDIMScheduler, DDPMScheduler
 Scheduler = DDIMScheduler | DDPMScheduler
 
 
-def sample_timesteps(
-    scheduler: Scheduler, batch_size: int, generator: torch.Generator, device: torch.device | str
-) -> torch.Tensor:
-    """(B,) timesteps, uniform over the training range."""
-    steps = scheduler.config["num_train_timesteps"]
-    return torch.randint(steps, (batch_size,), generator=generator, device=generator.device).to(device)
+def timesteps(uniform: torch.Tensor, count: int, sampling: str = "uniform") -> torch.Tensor:
+    """(B,) uniform draws in [0, 1) -> (B,) timesteps in 0..count-1.
 
-
-def sample_noise(latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Standard normal noise with the shape, dtype and device of `latents`."""
-    noise = torch.randn(latents.shape, generator=generator, device=generator.device, dtype=torch.float32)
-    return noise.to(latents)
+    "uniform", or "cubic": `t = (1 − u³)·T`, mostly noisy steps, where conditions decide what an image shows
+    (T2I-Adapter, Mou et al. 2023, https://arxiv.org/abs/2302.08453, §3.3).
+    """
+    if sampling == "cubic":
+        uniform = 1 - uniform**3
+    elif sampling != "uniform":
+        raise ValueError(f"sampling is uniform or cubic, not {sampling!r}")
+    return (uniform * count).long().clamp(0, count - 1)
 
 
 def add_noise(

@@ -39,6 +39,7 @@ class FineStage:
         learning_rate: float,
         weight_decay: float,
         snr_gamma: float | None,
+        timestep_sampling: str,
         text_dropout: float,
         fg_dropout: float,
         bg_dropout: float,
@@ -53,6 +54,7 @@ class FineStage:
         self.update = update
         self.bg_region = bg_region
         self.snr_gamma = snr_gamma
+        self.timestep_sampling = timestep_sampling
         self.text_dropout, self.fg_dropout, self.bg_dropout = text_dropout, fg_dropout, bg_dropout
         self.validation_inference_steps = validation_inference_steps
         components.to(accelerator.device)
@@ -65,6 +67,7 @@ class FineStage:
             vae_scale_factor=components.vae_scale_factor,
             knowledge=knowledge_name,
         ).train()
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # diffusers' wrapper hides `self`
         self.trainable: nn.Module = self.model
         groups = [list(part.parameters()) for part in (self.model.fg, self.model.bg, self.model.fusion)]
         self.optimizers: list[torch.optim.Optimizer] = [
@@ -87,7 +90,7 @@ class FineStage:
     def loss(self, batch: dict[str, Any], noise: SampleNoise, step: int) -> Losses:
         """L_FG over the nodule and L_BG over the rest, each for the parameters that `update` gives it."""
         device = self.accelerator.device
-        z = noised(self.components, batch["moments"].to(device), noise, self.snr_gamma)
+        z = noised(self.components, batch["moments"].to(device), noise, self.snr_gamma, self.timestep_sampling)
         mask, sobel = batch["mask"].to(device), batch["sobel"].to(device)  # (B, 1, H, W)
         dropped = noise.rand() < self.text_dropout
         states, fg_states, bg_states = self.states(batch, dropped)

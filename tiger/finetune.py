@@ -45,6 +45,7 @@ def make_stage(
         learning_rate=config.learning_rate,
         weight_decay=config.adam_weight_decay,
         snr_gamma=config.snr_gamma,
+        timestep_sampling=config.timestep_sampling,
         text_dropout=config.text_dropout,
         fg_dropout=config.fg_dropout,
         bg_dropout=config.bg_dropout,

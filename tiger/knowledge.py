@@ -191,7 +191,8 @@ class Knowledge:
         """Whether `term` cannot be true of a nodule that has `attributes`."""
         return any(frozenset((term, other)) in self.exclusions for other in attributes.values())
 
-    def term_classes(self, text: str) -> list[TermSpan]:
+    @functools.lru_cache(maxsize=20_000)  # noqa: B019  # training asks for the same prompts at every step
+    def term_classes(self, text: str) -> tuple[TermSpan, ...]:
         """Every known term of `text`, in order, with its class for the subtype that the text names.
 
         Status and subtype names are "common", as is every term when the text names no subtype.
@@ -211,7 +212,7 @@ class Knowledge:
             if subtype and meaning.category in self.categories:
                 kind = "particular" if term in subtype.particular else "joint" if term in subtype.joint else "common"
             spans.append(TermSpan(term, start, end, kind))
-        return spans
+        return tuple(spans)
 
     def _texts(self, status: str | None, label: str | None, attributes: dict[str, str]) -> tuple[str, str]:
         present = [(category.role, attributes[key]) for key, category in self.categories.items() if key in attributes]

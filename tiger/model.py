@@ -205,12 +205,21 @@ def control_encoder(unet: UNet2DConditionModel, vae_scale_factor: int = 8) -> Co
     known = inspect.signature(ControlNetModel.__init__).parameters
     config = {name: value for name, value in unet.config.items() if name in known}
     # One convolution at full size, then one with stride 2 for each halving by the VAE: ControlNet's (16, 32, 96, 256)
-    # for a factor of 8, kept below the U-Net's own width, or they would dominate the cost of a small model.
+    # for a factor of 8. A base narrower than Stable Diffusion gets half of each, and no more than its own width, or
+    # these convolutions on whole images would take most of a step.
     stages = int(math.log2(vae_scale_factor)) + 1
     widths = ((16, 32, 96) + (256,) * stages)[:stages]
     widest = unet.config["block_out_channels"][0]
-    config["conditioning_embedding_out_channels"] = [min(width, widest) for width in widths]
+    config["conditioning_embedding_out_channels"] = [
+        width if widest >= 320 else min(width // 2, widest) for width in widths
+    ]
     net = ControlNetModel(**config)
+    # torch's own initial weights shrink the condition to nothing on its way through these layers, and control would set
+    # in late. SiLU halves small values: with a gain of 2 the condition keeps its size. The last layer stays zero.
+    embedding: Any = net.controlnet_cond_embedding
+    for layer in (embedding.conv_in, *embedding.blocks):
+        nn.init.normal_(layer.weight, std=2 / math.sqrt(layer.weight[0].numel()))
+        nn.init.zeros_(layer.bias)
     names = net.state_dict().keys()
     net.load_state_dict({k: v for k, v in unet.state_dict().items() if k in names}, strict=False)
     return net

@@ -37,10 +37,6 @@ class SampleNoise:
         """(B,) uniform in [0, 1)."""
         return torch.cat([torch.rand(1, generator=g, device=g.device) for g in self.generators])
 
-    def randint(self, high: int) -> torch.Tensor:
-        """(B,) int64, uniform in 0..high-1."""
-        return torch.cat([torch.randint(high, (1,), generator=g, device=g.device) for g in self.generators])
-
 
 def derive_seed(*entropy: int) -> int:
     """One 64-bit seed from several integers."""
@@ -88,12 +84,18 @@ class Noised:
     weights: torch.Tensor | None  # (B,) min-SNR weights
 
 
-def noised(components: Components, moments: torch.Tensor, noise: SampleNoise, snr_gamma: float | None) -> Noised:
+def noised(
+    components: Components,
+    moments: torch.Tensor,
+    noise: SampleNoise,
+    snr_gamma: float | None,
+    timestep_sampling: str = "uniform",
+) -> Noised:
     """Draw latents from the VAE's moments (B, 2C, h, w), a timestep for each image, and noise them."""
     schedule = components.noise_schedule
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     latents = sample_latents(components.vae, moments, noise.randn(shape))
-    timesteps = noise.randint(schedule.config["num_train_timesteps"])
+    timesteps = diffusion.timesteps(noise.rand(), schedule.config["num_train_timesteps"], timestep_sampling)
     epsilon = noise.randn(shape)
     return Noised(
         latents=diffusion.add_noise(schedule, latents, epsilon, timesteps),
