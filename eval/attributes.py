@@ -89,7 +89,11 @@ def train(args: argparse.Namespace, command: str) -> None:
         pair = torch.stack([torch.from_numpy(images[rows]), torch.from_numpy(masks[rows]).to(torch.uint8)], dim=1)
         # Only moved: brightness, detail and definition are what it must tell apart, and a flip swaps the poles.
         pair = shift(pair, args.resolution // 32, generator).to(device())  # (B, 2, S, S)
-        logits, where = net(normalise(pair[:, 0]).contiguous(memory_format=torch.channels_last))
+        seen = normalise(pair[:, 0])
+        # Noise that no eye notices, up to 5 grey levels: a judge must not read what cannot be seen.
+        amount = 0.04 * torch.rand(len(seen), 1, 1, 1, generator=generator)
+        noise = (amount * torch.randn(seen.shape, generator=generator)).to(seen)
+        logits, where = net((seen + noise).contiguous(memory_format=torch.channels_last))
         nodule = F.avg_pool2d(pair[:, 1:].float(), 8)  # (B, 1, S/8, S/8): share of each cell
         picked = torch.from_numpy(rows)
         value = F.binary_cross_entropy_with_logits(where, nodule)

@@ -57,6 +57,19 @@ def test_blank_nodule_zeroes_only_the_inside():
     assert edges.min() == 9
 
 
+def test_remove_nodule_leaves_neither_hole_nor_outline_and_keeps_the_organs_edge():
+    organ, mask = np.zeros((96, 96), np.uint8), np.zeros((96, 96), np.uint8)
+    cv2.ellipse(organ, (48, 48), (40, 24), 0, 0, 360, 255, -1)
+    cv2.circle(mask, (48, 38), 11, 255, -1)  # 3 px below the organ's upper edge
+    image = 40 + organ // 4 + mask // 5
+    removed = conditions.remove_nodule(conditions.sobel_map(image), mask, organ)
+    assert np.ptp(removed[mask > 0]) == 0
+    lower_rim = (slice(48, 56), slice(40, 56))  # well inside the organ
+    assert removed[lower_rim].max() < 0.2 * conditions.sobel_map(image)[lower_rim].max()
+    upper_edge = (slice(16, 26), slice(40, 56))
+    assert np.array_equal(removed[upper_edge], conditions.sobel_map(image)[upper_edge])
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK", "LA"])
 def test_read_gray_takes_every_mode(tmp_path: Path, mode: str):
     ramp = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (8, 1))

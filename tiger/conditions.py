@@ -21,6 +21,7 @@ POLE_AXIS = {"longitudinal": "horizontal", "transverse": "horizontal"}
 # From the image's left (or top) edge. Scanners show the head on the left of a longitudinal view, so the inferior pole
 # is at the right end.
 POLES = ("upper pole", "middle pole", "inferior pole")
+OUTLINE_PX = 6  # how far a nodule's outline reaches beyond its mask in a Sobel map: the recipe blurs by about as much
 EXTENSION_PX, EXTENSION_AT = 10, 512  # a mask reaches at most 10 px beyond the organ in a 512 px image
 
 
@@ -143,6 +144,30 @@ def sobel_map(image: Gray) -> Gray:
 def blank_nodule(edges: Gray, mask: Gray) -> Gray:
     """The Sobel map with zeros inside the mask, so that the background says nothing of the nodule."""
     return np.where(mask > 0, 0, edges).astype(np.uint8)
+
+
+def remove_nodule(edges: Gray, mask: Gray, organ_mask: Gray | None = None) -> Gray:
+    """The Sobel map as if the nodule were not there: it and its outline become as quiet as what surrounds them.
+
+    A hole would not do: wherever training shows one, there is a nodule in it. With an organ mask, the organ's own
+    outline stays, where it runs beside the nodule.
+    """
+    around = _grow(mask, OUTLINE_PX)
+    ring = (_grow(around, OUTLINE_PX) > 0) & (around == 0)
+    if organ_mask is not None:
+        inside = cv2.erode(organ_mask, _disk(OUTLINE_PX))
+        around = np.where(inside > 0, around, mask)
+        ring &= inside > 0
+    quiet = np.median(edges[ring]) if ring.any() else 0
+    return np.where(around > 0, quiet, edges).astype(np.uint8)
+
+
+def _disk(radius: int) -> Gray:
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1)).astype(np.uint8)
+
+
+def _grow(mask: Gray, radius: int) -> Gray:
+    return np.asarray(cv2.dilate(mask, _disk(radius)), dtype=np.uint8)
 
 
 # -------------------------------------------------------------------------------------------------------- placing masks

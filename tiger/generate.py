@@ -202,7 +202,7 @@ def direction(row: Row) -> str | None:
 def draw_conditions(recipe: Recipe, train: Manifest, size: int, refine: bool) -> tuple[np.ndarray, np.ndarray]:
     """(mask, Sobel map), each (size, size) uint8: the mask 0 or 255, the map zero inside it.
 
-    The map's own nodule is blanked as well: its edges must not show through beside the new nodule.
+    The map's own nodule is taken out of it: its edges must not show through beside the new nodule.
     """
     edges = conditions.read_gray(train.file(recipe.map_row, "condition_bg"), size)
     mask = conditions.read_mask(train.file(recipe.mask_row, "condition_fg"), size)
@@ -211,7 +211,7 @@ def draw_conditions(recipe: Recipe, train: Manifest, size: int, refine: bool) ->
         old = conditions.read_mask(train.file(row, "condition_fg"), size)
         organ = conditions.read_mask(train.file(row, "organ_mask"), size) if row.organ_mask else None
         mask = new_mask(mask, old, organ, recipe)
-        edges = conditions.blank_nodule(edges, old)
+        edges = conditions.remove_nodule(edges, old, organ)
     return mask, conditions.blank_nodule(edges, mask)
 
 
