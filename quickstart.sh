@@ -5,13 +5,14 @@
 #   bash quickstart.sh                           # → runs/quickstart/report.html and report.json
 #   bash quickstart.sh runs/another              # into another folder
 #
-# Run it again to resume after an interruption; a finished stage is skipped unless its command or an earlier stage changed.
+# Run it again to resume after an interruption; a finished stage is skipped unless its command, an earlier stage, a
+# config or a file in assets/ changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 readonly R=${1:-runs/quickstart}
 case $R in
--h | --help) sed -n '2,8s/^# \{0,1\}//p' quickstart.sh && exit ;;
+-h | --help) sed -n '2,9s/^# \{0,1\}//p' quickstart.sh && exit ;;
 -*) echo "error: unknown option $R; usage: bash quickstart.sh [FOLDER]" >&2 && exit 2 ;;
 esac
 total=$(grep -c '^    stage ' quickstart.sh)
@@ -43,38 +44,45 @@ stages() {
         python -m eval.report --run "$R"
 }
 
-# stage OUTPUT TITLE COMMAND...: run one command, unless it already ran on the same inputs. What OUTPUT holds after other
-# commands or from other inputs is removed first; after an interruption the same command finds its work and goes on.
+# stage OUTPUT TITLE COMMAND...: run one command, unless it already ran on the same inputs. What OUTPUT holds after
+# other commands or from other inputs is removed first; after an interruption the same command goes on.
 number=0
-chain="" # of every command so far: a stage's inputs are what the earlier ones made
+# Stands for a stage's inputs: configs and nets that come with the code, and the commands so far, which made the rest.
+chain=$(find configs/{pretrain,finetune}{,-tiny}.yaml configs/knowledge/thyroid.yaml assets/{tiny-base,judges} -type f |
+    LC_ALL=C sort | xargs sha256sum)
 stage() {
-    local output=$1 title=$2 note started seconds status=0
+    local output=$1 title=$2 commit was="" spent=0 state="" status=0
     shift 2
     number=$((number + 1))
     chain=$(printf '%s\n%s\n' "$chain" "$*" | sha256sum | cut -c1-16)
-    note="$R/.stages/$output"
-    if [ -e "$R/$output" ] && [ "$(cat "$note" 2>/dev/null)" = "$chain done" ]; then
+    note="$R/.stages/$output" # holds the inputs, the seconds spent on them, and "done"
+    if [ -e "$note" ]; then read -r was spent state <"$note" || true; fi
+    if [ -e "$R/$output" ] && [ "$was $state" = "$chain done" ]; then
         echo "[$number/$total] $title: done before"
         return
     fi
-    if [ -e "$note" ] && [ "$(cut -d' ' -f1 "$note")" != "$chain" ]; then rm -rf "${R:?}/$output"; fi
+    if [ -n "$was" ] && [ "$was" != "$chain" ]; then rm -rf "${R:?}/$output"; fi
+    if [ "$was $state" != "$chain " ]; then spent=0; fi # not the rest of an interrupted stage
     mkdir -p "$R/.stages"
-    echo "$chain" >"$note"
+    echo "$chain $spent" >"$note"
     printf '\n[%s/%s] %s (%s since the start)\n      %s\n' "$number" "$total" "$title" "$(clock $SECONDS)" "$*"
-    started=$SECONDS
+    commit=$(git rev-parse HEAD 2>/dev/null) || commit=""
+    started=$((SECONDS - spent))
+    trap 'echo "$chain $((SECONDS - started))" >"$note"' EXIT
     "$@" || status=$?
-    seconds=$((SECONDS - started))
     if [ "$status" -ne 0 ]; then
         echo "error: stage $number ($title) ended with exit code $status; to go on from there: bash quickstart.sh $R" >&2
         exit "$status"
     fi
-    log_command "$output" "$title" "$seconds" "$*"
-    echo "$chain done" >"$note"
+    trap - EXIT
+    spent=$((SECONDS - started))
+    log_command "$output" "$title" "$spent" "$*" "$commit"
+    echo "$chain $spent done" >"$note"
 }
 
 clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
 
-# log_command OUTPUT TITLE SECONDS COMMAND: note what made OUTPUT in commands.json, which the report shows
+# log_command OUTPUT TITLE SECONDS COMMAND COMMIT: note what made OUTPUT in commands.json, which the report shows
 log_command() {
     python - "$R/commands.json" "$@" <<'PYTHON'
 import sys
@@ -82,10 +90,10 @@ from pathlib import Path
 
 from tiger.files import read_json, write_json
 
-path, output, title, seconds, command = sys.argv[1:]
-entries = read_json(path) if Path(path).exists() else []
-entry = {"output": output, "title": title, "seconds": int(seconds), "command": command}
-write_json(path, [e for e in entries if e["output"] != output] + [entry])
+path, output, title, seconds, command, commit = sys.argv[1:]
+entries = {entry["output"]: entry for entry in (read_json(path) if Path(path).exists() else [])}
+entries[output] = {"output": output, "title": title, "seconds": int(seconds), "command": command, "commit": commit}
+write_json(path, list(entries.values()))  # a stage that ran again keeps its place
 PYTHON
 }
 

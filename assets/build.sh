@@ -9,11 +9,17 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 work=${1:-runs/base}
+bash setup.sh
 python=.venv/bin/python
 
 $python -m data.prepare phantom --output_dir "$work/data" --count 16000 --seed 11 --preset common
-if [[ ! -f $work/init/autoencoder.json ]]; then
-    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 6000
+if [[ ! -f $work/plain/autoencoder.json ]]; then
+    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/plain" --max_train_steps 6500 \
+        --spectrum_weight 0
+fi
+if [[ ! -f $work/init/autoencoder.json ]]; then # structure first, then grain: both from the start cost structure
+    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 1400 \
+        --pretrained_vae "$work/plain/vae" --learning_rate 6e-4
 fi
 if [[ ! -f $work/init/text_encoder.json ]]; then
     $python -m tiger.base text_encoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 700
@@ -26,5 +32,11 @@ bash pretrain.sh --config configs/pretrain-base.yaml --pretrained_model "$work/i
 $python -m tiger.base export --model "$work/pretrain" --figures "$work/init" --output_dir assets/tiny-base
 
 $python -m data.prepare phantom --output_dir "$work/judges" --count 6000 --seed 12 --preset truth
-$python -m eval.segment train --data_dir "$work/judges" --output_dir assets/judges/segmenter --max_train_steps 1500
-$python -m eval.attributes train --data_dir "$work/judges" --output_dir assets/judges/attributes --max_train_steps 2200
+if [[ ! -f $work/segmenter/metrics.json ]]; then
+    $python -m eval.segment train --data_dir "$work/judges" --output_dir "$work/segmenter" --max_train_steps 1500
+fi
+if [[ ! -f $work/attributes/metrics.json ]]; then
+    $python -m eval.attributes train --data_dir "$work/judges" --output_dir "$work/attributes" --max_train_steps 5000
+fi
+mkdir -p assets/judges
+cp -r "$work/segmenter" "$work/attributes" assets/judges/

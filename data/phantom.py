@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,11 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from tiger import manifest
-from tiger.conditions import blank_nodule, sobel_map
+from tiger.conditions import sobel_map
 from tiger.errors import InputError
-from tiger.files import atomic_path
+from tiger.files import atomic_path, read_json, write_json
 from tiger.knowledge import Knowledge
+from tiger.manifest import FILE_NAME, Manifest, Row, write
 
 Array = NDArray[np.float32]
 Attributes = dict[str, str]
@@ -133,7 +134,8 @@ class Phantom:
 @dataclass(frozen=True)
 class Preset:
     """What a data set holds. `shares` are training shares a class; `held_out` are the valid and test sizes as a
-    fraction of the training count, balanced over the classes; `table` names how attributes are drawn."""
+    fraction of the training count, balanced over the classes. Without `particular_terms` no image has a term that a
+    rare subtype owns; with `uniform_attributes` every term is as likely as another, whatever the class."""
 
     shares: Mapping[str, float]
     held_out: Mapping[str, float] = field(default_factory=dict)
@@ -567,40 +569,53 @@ def plan(count: int, seed: int, preset: str, particular: frozenset[str]) -> list
 
 
 FOLDERS = ("images", "condition_fg", "condition_bg", "organ_mask")
+SETTINGS = "phantom.json"  # what a data set was made with, beside its metadata.jsonl
 
 
 def _render_case(case: Case, output_dir: Path, size: int) -> None:
-    """Render one case and write its image, nodule mask, Sobel map and thyroid mask."""
+    """Render one case and write its image, nodule mask, Sobel map (of the nodule too) and thyroid mask."""
     cv2.setNumThreads(1)
     paths = [output_dir / folder / f"{case.index:06d}.png" for folder in FOLDERS]
     if all(path.exists() for path in paths):
         return
     phantom = render(case.attributes, np.random.default_rng([case.seed, 1, case.index]), size)
-    edges = blank_nodule(sobel_map(phantom.image), phantom.nodule)
+    edges = sobel_map(phantom.image)
     for path, array in zip(paths, (phantom.image, phantom.nodule, edges, phantom.thyroid), strict=True):
         with atomic_path(path, durable=False) as temporary:
             Image.fromarray(array).save(temporary, format="PNG", compress_level=1)
 
 
 def write_dataset(
-    output_dir: str | Path, count: int, seed: int, preset: str = "longtail", size: int = 128, workers: int = 2
-) -> Path:
+    output_dir: str | Path,
+    count: int,
+    seed: int,
+    preset: str = "longtail",
+    size: int = 128,
+    workers: int = 2,
+    dry_run: bool = False,
+) -> Manifest:
     """Write a phantom data set with its manifest; running it again renders only what is missing.
 
     Args:
         count: training images; the preset's held-out splits come on top.
         size: image side in pixels.
-    Returns the path of metadata.jsonl.
-    Raises InputError for an unknown preset or a count that is not positive.
+        dry_run: write nothing.
+    Raises InputError for an unknown preset, a count that is not positive, or a folder that holds something else.
     """
     if preset not in PRESETS:
         raise InputError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
     if count < 1:
         raise InputError(f"--count {count}: must be at least 1")
     output_dir = Path(output_dir)
+    settings = {"seed": seed, "preset": preset, "count": count, "size": size}
+    check_settings(output_dir, settings)
     knowledge = Knowledge.load("thyroid")
     particular = frozenset(term for subtype in knowledge.subtypes.values() for term in subtype.particular)
     cases = plan(count, seed, preset, particular)
+    data = Manifest(output_dir / FILE_NAME, tuple(_row(case, knowledge) for case in cases))
+    if dry_run:
+        return data
+    write_json(output_dir / SETTINGS, settings)  # first, so that no image is ever taken for one of another data set
     for folder in FOLDERS:
         (output_dir / folder).mkdir(parents=True, exist_ok=True)
     job = partial(_render_case, output_dir=output_dir, size=size)
@@ -608,16 +623,32 @@ def write_dataset(
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         for _ in tqdm(pool.map(job, cases, chunksize=16), total=len(cases), desc="phantom", unit="image"):
             pass
-    rows = [_row(case, knowledge) for case in cases]
-    path = output_dir / "metadata.jsonl"
-    manifest.write(path, rows)
-    return path
+    write(data.path, data.rows)
+    return data
 
 
-def _row(case: Case, knowledge: Knowledge) -> manifest.Row:
+def check_settings(output_dir: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that holds another data set than the one that `settings` make."""
+    old: dict[str, Any] = {}
+    if (output_dir / SETTINGS).exists():
+        old = read_json(output_dir / SETTINGS)
+    elif any((output_dir / name).exists() for name in (FILE_NAME, *FOLDERS)):
+        raise InputError(
+            f"--output_dir {output_dir}: holds a data set without {SETTINGS}, so what it was made with is not known; "
+            "give another folder"
+        )
+    if changed := [name for name in old if old[name] != settings.get(name)]:
+        differences = ", ".join(f"--{name} was {old[name]}, is {settings.get(name)}" for name in changed)
+        raise InputError(
+            f"--output_dir {output_dir}: holds a phantom made with other settings: {differences}; give the old values "
+            "to resume, or another folder"
+        )
+
+
+def _row(case: Case, knowledge: Knowledge) -> Row:
     text_fg, text_bg = knowledge.compose(case.label, case.attributes)
     name = f"{case.index:06d}.png"
-    return manifest.Row(
+    return Row(
         file_name=f"images/{name}",
         condition_fg=f"condition_fg/{name}",
         condition_bg=f"condition_bg/{name}",

@@ -8,14 +8,17 @@ python -m data.prepare conditions --data_dir mine
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -29,6 +32,8 @@ from tiger.files import atomic_path
 from tiger.knowledge import Knowledge
 from tiger.manifest import SPLITS, Manifest
 
+UNKNOWN_SHOWN = 20  # most frequent unknown words that `check` lists
+
 
 def build(args: argparse.Namespace) -> None:
     """Read a source, write images, masks, maps and metadata.jsonl, and check what was written."""
@@ -37,6 +42,13 @@ def build(args: argparse.Namespace) -> None:
         raise InputError(f"--input {input_dir}: no such folder")
     if output_dir.resolve().is_relative_to(input_dir.resolve()):
         raise InputError(f"--output_dir {output_dir}: lies in the input, which stays as it is: give another folder")
+    with tempfile.TemporaryDirectory() as scratch:  # a dry run does all of it, and nothing stays
+        rows = write_source(args, input_dir, Path(scratch) if args.dry_run else output_dir).rows
+    report(Manifest(output_dir / manifest.FILE_NAME, rows), args.dry_run)
+
+
+def write_source(args: argparse.Namespace, input_dir: Path, output_dir: Path) -> Manifest:
+    """Write one source's data set and check it."""
     if args.source == "breast":
         knowledge = Knowledge.load("breast")
         rows = breast.build(input_dir, output_dir, args.size, args.seed)
@@ -50,17 +62,28 @@ def build(args: argparse.Namespace) -> None:
     manifest.write(path, rows)
     written = manifest.read(path, knowledge)
     manifest.check(written, conditions=False, knowledge=knowledge)
-    print(summary(written))
+    return written
 
 
 def check(args: argparse.Namespace) -> None:
     """Check structure, files and texts. Ends in one message that lists every bad row and its mending."""
     knowledge = Knowledge.load(args.knowledge)
     data = manifest.read(args.data_dir, knowledge)
+    if unknown := unknown_words(data.path, knowledge):
+        told = ", ".join(f"{word!r} {count}" for word, count in unknown.most_common(UNKNOWN_SHOWN))
+        rest = f" and {len(unknown) - UNKNOWN_SHOWN} more" if len(unknown) > UNKNOWN_SHOWN else ""
+        print(f"not in the {knowledge.organ} knowledge base and left out of the prompts: {told}{rest}")
     conditions = args.stage == "fine" or (args.stage == "auto" and any(row.condition_fg for row in data.rows))
     with tqdm(total=len(data.rows), desc="check", unit="row") as bar:
         manifest.check(data, conditions=conditions, knowledge=knowledge, on_row=bar.update)
     print(f"{summary(data)}\nready for {'both stages' if conditions else 'the coarse stage'}")
+
+
+def unknown_words(path: Path, knowledge: Knowledge) -> Counter[str]:
+    """What the `text` columns of a readable manifest say that the knowledge base does not know, and how often."""
+    records = (json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    texts = (record["text"] for record in records if record.get("text") is not None)
+    return Counter(word.lower() for text in texts for word in knowledge.parse(text).unknown)
 
 
 def split(args: argparse.Namespace) -> None:
@@ -72,25 +95,40 @@ def split(args: argparse.Namespace) -> None:
     without = sum(row.patient_id is None for row in data.rows if not row.synthetic)
     if without:
         print(f"warning: {without} rows have no patient_id: each is split as a patient of its own", file=sys.stderr)
-    rows = manifest.assign_splits(data.rows, dict(zip(SPLITS, args.fractions, strict=True)), args.seed)
-    path = data.path
-    if args.output_dir is not None:
-        path = Path(args.output_dir) / manifest.FILE_NAME
-        copy_files(data, path.parent)
-    manifest.write(path, rows)
-    print(summary(Manifest(path, rows)))
+    fractions: dict[str, float] = dict(zip(SPLITS, args.fractions, strict=True))
+    path = data.path if args.output_dir is None else Path(args.output_dir) / manifest.FILE_NAME
+    done = Manifest(path, manifest.assign_splits(data.rows, fractions, args.seed))
+    for label, lacking in empty_splits(done, [name for name in SPLITS if fractions[name]]).items():
+        print(f"warning: {label} has too few patients: none is in {' or '.join(lacking)}", file=sys.stderr)
+    copied = files_of(data) if path.parent.resolve() != data.root.resolve() else []
+    if not args.dry_run:
+        copy_files(data.root, path.parent, copied)
+        manifest.write(path, done.rows)
+    report(done, args.dry_run)
 
 
-def copy_files(data: Manifest, output_dir: Path) -> None:
-    """Copy every file that the manifest names to the same place below `output_dir`."""
-    if output_dir.resolve() == data.root.resolve():
-        return
+def empty_splits(data: Manifest, names: Sequence[str]) -> dict[str, list[str]]:
+    """Label → those of the splits `names` that hold none of its real images; labels that lack none are left out."""
+    found = {(row.label, row.split) for row in data.rows if not row.synthetic}
+    labels = sorted({label for label, _ in found if label is not None})
+    lacking = {label: [name for name in names if (label, name) not in found] for label in labels}
+    return {label: missing for label, missing in lacking.items() if missing}
+
+
+def files_of(data: Manifest) -> list[str]:
+    """Every file that the manifest names. Raises InputError where one does not exist."""
     names = {getattr(row, column) for row in data.rows for column in manifest.FILE_COLUMNS if getattr(row, column)}
-    for name in tqdm(sorted(names), desc="files", unit="file"):
+    for name in names:
         if not (data.root / name).is_file():
             raise InputError(f"{data.path}: {name} does not exist; see python -m data.prepare check")
+    return sorted(names)
+
+
+def copy_files(root: Path, output_dir: Path, names: Sequence[str]) -> None:
+    """Copy files of `root` to the same places below `output_dir`."""
+    for name in tqdm(names, desc="files", unit="file"):
         with atomic_path(output_dir / name) as temporary:
-            shutil.copyfile(data.root / name, temporary)
+            shutil.copyfile(root / name, temporary)
 
 
 def conditions(args: argparse.Namespace) -> None:
@@ -106,11 +144,13 @@ def conditions(args: argparse.Namespace) -> None:
         (data.root / row.file_name, target)
         for row in rows if not (target := data.root / str(row.condition_bg)).is_file()
     ]  # fmt: skip
-    problems = [problem for problem in parallel(write_map, jobs, args.workers, "Sobel maps") if problem]
+    make = partial(write_map, dry_run=args.dry_run)
+    problems = [problem for problem in parallel(make, jobs, args.workers, "Sobel maps") if problem]
     if problems:
         raise InputError("\n  ".join([f"{data.path}: {len(problems)} maps could not be made:", *problems]))
-    manifest.write(data.path, rows)
-    print(f"{len(jobs)} maps written, {len(rows) - len(jobs)} were there")
+    if not args.dry_run:
+        manifest.write(data.path, rows)
+    print(f"{len(jobs)} maps {'would be ' * args.dry_run}written, {len(rows) - len(jobs)} were there")
 
 
 def map_name(file_name: str) -> str:
@@ -120,13 +160,15 @@ def map_name(file_name: str) -> str:
     return str(PurePosixPath("condition_bg", *parts).with_suffix(".png"))
 
 
-def write_map(job: tuple[Path, Path]) -> str | None:
-    """Write the Sobel map of one (image, map) pair. Returns what went wrong."""
+def write_map(job: tuple[Path, Path], dry_run: bool) -> str | None:
+    """Write the Sobel map of one (image, map) pair, or only try to make it. Returns what went wrong."""
     image, target = job
     try:
-        write_png(target, sobel_map(read_gray(image)))
+        edges = sobel_map(read_gray(image))
     except InputError as error:
         return str(error)
+    if not dry_run:
+        write_png(target, edges)
     return None
 
 
@@ -145,10 +187,14 @@ def phantom(args: argparse.Namespace) -> None:
     """Write synthetic thyroid ultrasound with known attributes."""
     from data.phantom import write_dataset
 
-    path = write_dataset(
-        args.output_dir, args.count, args.seed, preset=args.preset, size=args.size, workers=args.workers
-    )
-    print(summary(manifest.read(path)))
+    options = {"preset": args.preset, "size": args.size, "workers": args.workers, "dry_run": args.dry_run}
+    data = write_dataset(args.output_dir, args.count, args.seed, **options)
+    report(data, args.dry_run)
+
+
+def report(data: Manifest, dry_run: bool) -> None:
+    """Print what was written, or would be."""
+    print(f"would write {summary(data)}" if dry_run else summary(data))
 
 
 def summary(data: Manifest) -> str:
@@ -188,6 +234,9 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
+    def dry_run(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--dry_run", action="store_true", help="check the input, print what would be written")
+
     def data_dir(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--data_dir", required=True, help="folder with a metadata.jsonl, or that file")
         sub.add_argument("--knowledge", default="thyroid", help="name in configs/knowledge, or a YAML file")
@@ -204,6 +253,7 @@ def parser() -> argparse.ArgumentParser:
                      "(as in Stable Diffusion's training on squares); None: keep")  # fmt: skip
     sub.add_argument("--seed", type=int, default=0, help="seed of the split (breast)")
     sub.add_argument("--knowledge", default="thyroid", help="name or YAML file (folder)")
+    dry_run(sub)
 
     sub = command(check, "check")
     data_dir(sub)
@@ -216,10 +266,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="another seed, another split")
     sub.add_argument("--fractions", type=float, nargs=3, default=[0.7, 0.1, 0.2], metavar=("TRAIN", "VALID", "TEST"),
                      help="shares of the patients")  # fmt: skip
+    dry_run(sub)
 
     sub = command(conditions, "conditions")
     data_dir(sub)
     sub.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
+    dry_run(sub)
 
     sub = command(phantom, "phantom")
     sub.add_argument("--output_dir", required=True, help="where the data set goes")
@@ -228,6 +280,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--preset", default="longtail", help="longtail, balanced, common or truth (see data/phantom.py)")
     sub.add_argument("--size", type=positive, default=128, help="side in px")
     sub.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
+    dry_run(sub)
     return top
 
 

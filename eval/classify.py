@@ -10,8 +10,9 @@ Arms differ in nothing but the images that a batch is drawn from:
     oversampling  the real training images, every class equally often
     tiger_f       the same, with a fixed share of synthetic images within every class: were it larger in the rare ones,
                   looking synthetic would be a cue to the label
-    real_upper    the same as oversampling, with as many further real images (--extra_real) as there are synthetic ones:
-                  what the best generator could give
+    real_upper    the same as oversampling, with as many further real images (--extra_real) as there are synthetic ones,
+                  or all where there are fewer: what the best generator could give. Every image of a class is as likely,
+                  so further ones fill a larger share of a rare class, where tiger_f's share is fixed
 The state is selected on the split `valid`, the split `test` is looked at once. Finished (arm, seed) pairs are reused.
 Scores of every test image are in `scores/` beside the report, so that every figure can be made again without training.
 """
@@ -184,6 +185,7 @@ def scores_of(arm: str, seed: int, data: Data, recipe: Recipe, args: argparse.Na
 def realism_of(real: Manifest, fake: Manifest, data: Data, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     """Measure how well real and synthetic images are told apart, or read the finished result of the same settings."""
     recipe = replace(recipe, max_train_steps=args.realism_steps or max(1, recipe.max_train_steps // 2))
+    classifier_of = {"model": recipe.model, "image_size": args.image_size, "max_train_steps": recipe.max_train_steps}
     settings = recipe.settings() | {"seed": args.seeds[0], "resamples": args.resamples}
     settings["data"] = digest(data, [(1.0, np.flatnonzero(data.origin == FAKE))])
     settings["sources"] = hashlib.sha256(repr([row.derived_from for row in fake.rows]).encode()).hexdigest()[:16]
@@ -191,10 +193,10 @@ def realism_of(real: Manifest, fake: Manifest, data: Data, recipe: Recipe, args:
     if path.is_file():
         found = read_json(path)
         if found["settings"] == settings:
-            return found["result"]
+            return classifier_of | found["result"]
     result = realism.measure(real, fake, held_out(real), recipe, args.image_size, args.seeds[0], args.resamples)
     write_json(path, {"settings": settings, "result": result})
-    return result
+    return classifier_of | result
 
 
 def digest(data: Data, groups: Sequence[tuple[float, np.ndarray]]) -> str:

@@ -7,9 +7,11 @@ judge on held-out real images, whose classes are weighted as those of the genera
 """
 
 import argparse
+import math
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 
 from eval import statistics
 from eval.attributes import encode
-from eval.images import group_of, load_images, load_masks, name_rows, read_split, require_column
+from eval.images import group_of, load_images, load_masks, name_rows, patients_of, read_split, require_column
 from eval.judges import (
     AttributeNet,
     Segmenter,
@@ -27,6 +29,7 @@ from eval.judges import (
     mask_iou,
     predict_attributes,
     segment,
+    trained_by,
 )
 from tiger.conditions import read_gray, read_mask, sobel_map
 from tiger.errors import InputError, run
@@ -43,17 +46,26 @@ class Judged:
 
     values: np.ndarray  # (N,) float
     labels: np.ndarray  # (N,) class names
-    groups: np.ndarray  # (N,) patient, or the real image that a generated one was drawn after
+    groups: np.ndarray  # (N,) patient, or the one whose map a generated image was drawn after
+
+    def where(self, kept: np.ndarray) -> "Judged":
+        """Those of `kept`, (N,) bool."""
+        return Judged(self.values[kept], self.labels[kept], self.groups[kept])
 
 
-def judged(values: np.ndarray, rows: Manifest) -> Judged:
+def judged(values: np.ndarray, rows: Manifest, patient_of: Mapping[str, str]) -> Judged:
     """Values with the labels and groups of their rows."""
     labels = np.array([str(row.label) for row in rows.rows])
-    return Judged(values, labels, np.array([group_of(row) for row in rows.rows]))
+    return Judged(values, labels, np.array([group_of(row, patient_of) for row in rows.rows]))
 
 
 def mean(these: Judged, weights: dict[str, float] | None = None) -> dict[str, float]:
-    """{n, value, low, high} of the mean; `weights` are the shares of the classes in it, default as they are."""
+    """{n, value, low, high} of the mean; `weights` are the shares of the classes in it, default as they are.
+
+    The figures are nan where there is no value, as when no image of a class has a category's term.
+    """
+    if not len(these.values):
+        return {"n": 0} | dict.fromkeys(("value", "low", "high"), math.nan)
 
     def metric(labels: np.ndarray, values: np.ndarray) -> float:
         if weights is None:
@@ -63,11 +75,9 @@ def mean(these: Judged, weights: dict[str, float] | None = None) -> dict[str, fl
             raise ValueError("a resample without one of the classes")
         return float(sum(share * values[labels == label].mean() for label, share in weights.items()))
 
-    kept = np.isin(these.labels, list(weights)) if weights is not None else np.ones(len(these.values), bool)
-    value, low, high = statistics.cluster_bootstrap_ci(
-        metric, these.labels[kept], these.values[kept], these.groups[kept], RESAMPLES, 0
-    )
-    return {"n": int(kept.sum()), "value": value, "low": low, "high": high}
+    kept = these if weights is None else these.where(np.isin(these.labels, list(weights)))
+    value, low, high = statistics.cluster_bootstrap_ci(metric, kept.labels, kept.values, kept.groups, RESAMPLES, 0)
+    return {"n": len(kept.values), "value": value, "low": low, "high": high}
 
 
 def shuffled(count: int) -> np.ndarray:
@@ -87,10 +97,10 @@ def compare(generated: Judged, floor: Judged, real: Judged) -> dict[str, Any]:
     result["ratio_to_ceiling"] = ratio(result["generated"], result["ceiling"])
     result["per_class"] = {}
     for label in common:
-        parts = [Judged(j.values[j.labels == label], j.labels[j.labels == label], j.groups[j.labels == label])
-                 for j in (generated, real)]  # fmt: skip
-        ours, theirs = (mean(part) for part in parts)
-        result["per_class"][label] = {"generated": ours, "ceiling": theirs, "ratio_to_ceiling": ratio(ours, theirs)}
+        ours, theirs, chance = (mean(part.where(part.labels == label)) for part in (generated, real, floor))
+        result["per_class"][label] = {
+            "generated": ours, "ceiling": theirs, "floor": chance, "ratio_to_ceiling": ratio(ours, theirs)
+        }  # fmt: skip
     return result
 
 
@@ -99,12 +109,13 @@ def ratio(ours: dict[str, float], ceiling: dict[str, float]) -> float | None:
     return ours["value"] / ceiling["value"] if ceiling["value"] else None
 
 
-def mask_control(net: Segmenter, fake: Manifest, real: Manifest) -> dict[str, Any]:
+def mask_control(net: Segmenter, fake: Manifest, real: Manifest, patient_of: Mapping[str, str]) -> dict[str, Any]:
     """IoU of the requested mask with the nodule that the segmenter finds."""
     found, wanted = segment(net, load_images(fake, net.resolution)), load_masks(fake, net.resolution)
     of_real = mask_iou(segment(net, load_images(real, net.resolution)), load_masks(real, net.resolution))
     others = wanted[shuffled(len(wanted))]
-    return compare(judged(mask_iou(found, wanted), fake), judged(mask_iou(found, others), fake), judged(of_real, real))
+    own, floor = (judged(mask_iou(found, masks), fake, patient_of) for masks in (wanted, others))
+    return compare(own, floor, judged(of_real, real, patient_of))
 
 
 def correlation(edges: np.ndarray, image: np.ndarray, region: np.ndarray) -> float:
@@ -128,7 +139,7 @@ def requests(rows: Manifest) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     return found
 
 
-def sobel_control(fake: Manifest, real: Manifest) -> dict[str, Any]:
+def sobel_control(fake: Manifest, real: Manifest, patient_of: Mapping[str, str]) -> dict[str, Any]:
     """Correlation of the requested Sobel map with the map of the generated image."""
     of_fake, of_real = requests(fake), requests(real)
     if len({image.shape for _, image, _ in of_fake}) > 1:
@@ -138,10 +149,13 @@ def sobel_control(fake: Manifest, real: Manifest) -> dict[str, Any]:
     floor = [correlation(edges, image, region) for edges, (_, image, region) in zip(others, of_fake, strict=True)]
     blanked = sum(not region.all() for _, _, region in of_fake)
     where = {"images_compared_outside_the_mask": blanked, "images_compared_in_whole": len(of_fake) - blanked}
-    return where | compare(judged(own, fake), judged(np.array(floor), fake), judged(real_own, real))
+    parts = ((own, fake), (np.array(floor), fake), (real_own, real))
+    return where | compare(*(judged(values, rows, patient_of) for values, rows in parts))
 
 
-def attribute_control(net: AttributeNet, fake: Manifest, real: Manifest, knowledge: Knowledge) -> dict[str, Any]:
+def attribute_control(
+    net: AttributeNet, fake: Manifest, real: Manifest, patient_of: Mapping[str, str], knowledge: Knowledge
+) -> dict[str, Any]:
     """Share of the attributes in a row, or else in its prompt, that the attribute net sees in the image."""
     encode(fake, net.categories)
     encode(real, net.categories)
@@ -162,9 +176,7 @@ def attribute_control(net: AttributeNet, fake: Manifest, real: Manifest, knowled
                 float(np.mean([f[name] == s[name] for name in names if name in s] or [np.nan]))
                 for f, s in zip(found, stated, strict=True)
             ]
-            every = judged(np.array(values), rows)
-            kept = np.isfinite(every.values)
-            parts.append(Judged(every.values[kept], every.labels[kept], every.groups[kept]))
+            parts.append(judged(np.array(values), rows, patient_of).where(np.isfinite(values)))
         return compare(*parts) if all(len(part.values) for part in parts) else {}
 
     stated_somewhere = [
@@ -202,7 +214,8 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     segmenter = load_segmenter(Path(args.judges) / "segmenter")
     attribute_net = load_attribute_net(Path(args.judges) / "attributes")
-    fake, real = read_split(args.fake, None, synthetic=True), read_split(args.real, args.split, synthetic=False)
+    fake, every = read_split(args.fake, None, synthetic=True), read_split(args.real, None, synthetic=False)
+    real, patient_of = read_split(args.real, args.split, synthetic=False), patients_of(every.rows)
     if len(fake.rows) < 2:
         raise InputError(f"{fake.path}: at least two generated images are needed")
     labels = {row.label for row in fake.rows} & {row.label for row in real.rows}
@@ -211,13 +224,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(f"{len(fake.rows)} generated and {len(real.rows)} real images: fine; nothing judged")
         return
+    knowledge = Knowledge.load(args.knowledge)
     report = {
         "command": f"python -m eval.control {shlex.join(sys.argv[1:] if argv is None else argv)}",
         "n": {"generated": len(fake.rows), "real": len(real.rows)},
-        "interval": f"95 %, {RESAMPLES} bootstrap resamples over patients, or the source images of generated ones",
-        "mask_iou": mask_control(segmenter, fake, real),
-        "sobel_correlation": sobel_control(fake, real),
-        "attribute_agreement": attribute_control(attribute_net, fake, real, Knowledge.load(args.knowledge)),
+        "interval": f"95 %, {RESAMPLES} bootstrap resamples of patients; a generated image belongs to that of its map",
+        "judges": {name: trained_by(Path(args.judges) / name) for name in ("segmenter", "attributes")},
+        "mask_iou": mask_control(segmenter, fake, real, patient_of),
+        "sobel_correlation": sobel_control(fake, real, patient_of),
+        "attribute_agreement": attribute_control(attribute_net, fake, real, patient_of, knowledge),
     }
     write_json(args.output, report)
     for name in ("mask_iou", "sobel_correlation", "attribute_agreement"):

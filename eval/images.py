@@ -1,6 +1,6 @@
 """Manifest rows -> arrays in memory, for everything in `eval/` that looks at pixels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,18 @@ from tiger.manifest import Manifest, Row
 
 
 def read_split(data_dir: str | Path, split: str | None, *, synthetic: bool | None = None) -> Manifest:
-    """The rows of one split (None: all rows). A split without rows is an error, for no judgement can be made on it."""
+    """The rows of one split (None: all rows), of synthetic or of real images alone where that is asked for.
+
+    Raises InputError where there are none, for no judgement can be made on nothing.
+    """
     rows = manifests.read(data_dir, Knowledge.load("thyroid"))
-    chosen = rows.select(split=split, synthetic=synthetic) if split is not None else rows.select(synthetic=synthetic)
+    kind = rows.select(synthetic=synthetic)
+    if not kind.rows:
+        found = "no row is marked synthetic; give what generation.py wrote" if synthetic else "every row is synthetic"
+        raise InputError(f"{rows.path}: {found}")
+    chosen = kind.select(split=split)
     if not chosen.rows:
-        found = ", ".join(sorted({str(row.split) for row in rows.rows}))
+        found = ", ".join(sorted({str(row.split) for row in kind.rows}))
         raise InputError(
             f"{rows.path}: no row with split '{split}' (found: {found}); run `python -m data.prepare split`"
         )
@@ -63,6 +70,16 @@ def name_rows(names: Sequence[str], most: int = 8) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-def group_of(row: Row) -> str:
-    """Images of one group are not independent: those of a patient, synthetic ones drawn after the same real image."""
-    return row.derived_from[0] if row.derived_from else row.patient_id or row.file_name
+def patients_of(rows: Iterable[Row]) -> dict[str, str]:
+    """File name -> patient; a row without one is a patient of its own."""
+    return {row.file_name: row.patient_id or row.file_name for row in rows}
+
+
+def source_patients(row: Row, patient_of: Mapping[str, str]) -> list[str]:
+    """The patients a row was made from, that of its Sobel map first; its own where it is real or of unknown origin."""
+    return [patient_of.get(name, name) for name in row.derived_from] or [row.patient_id or row.file_name]
+
+
+def group_of(row: Row, patient_of: Mapping[str, str]) -> str:
+    """Images of one group are not independent: those of a patient, and synthetic ones drawn after a patient's map."""
+    return source_patients(row, patient_of)[0]

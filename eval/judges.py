@@ -147,6 +147,12 @@ def _read_judge(folder: str | Path, architecture: str) -> tuple[dict[str, Any], 
     return config, {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
 
+def trained_by(folder: str | Path) -> dict[str, str]:
+    """{folder, command} of a judge; the command is empty where no metrics.json holds it."""
+    path = Path(folder) / "metrics.json"
+    return {"folder": str(folder), "command": read_json(path)["command"] if path.is_file() else ""}
+
+
 def load_segmenter(folder: str | Path) -> Segmenter:
     """Load the nodule segmenter in evaluation mode."""
     config, tensors = _read_judge(folder, "Segmenter")

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from eval import charts
-from eval.results import Results, headline, roc_curves
+from eval.results import PICTURE, ROOT, Results, headline, roc_curves
 from tiger.conditions import read_gray, read_mask
 from tiger.manifest import Manifest, Row
 
-ROOT = Path(__file__).resolve().parents[1]
 ARM_NAMES = {
     "none": "real images as they are",
     "oversampling": "oversampling",
     "tiger_f": "Tiger-F",
-    "real_upper": "equally many real images",
+    "real_upper": "further real images",
 }
 CONTROLS = {
     "mask_iou": "IoU of the requested mask with the nodule found in the image",
@@ -40,6 +39,11 @@ PAIRINGS = {
     "nearest": "synthetic with the nearest training image",
     "nearest real": "real test image with the nearest training image",
 }
+BOUNDS = ("ceiling", "floor")
+SPECTRUM = (
+    "<em>definition</em> and <em>detail</em> are judged by a local spectrum, and the embedded base's autoencoder was "
+    "trained with a loss on local spectra, so these two figures are not independent of it."
+)
 TILE = 128  # px
 COLUMNS = 8  # tiles a row
 
@@ -60,7 +64,10 @@ def page(results: Results, figures: Mapping[str, Any], title: str) -> str:
     links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in shown)
     machine = figures["machine"]
     made_on = f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}"
-    commit = f"; code at {machine['commit'][:12]}" if machine["commit"] else ""
+    commits = {entry["commit"] for entry in results.commands}
+    code = "; its stages ran at different commits of the code, see Commands" if len(commits) > 1 else ""
+    if len(commits) == 1 and (commit := commits.pop()):
+        code = f"; code at {commit[:12]}"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -74,7 +81,7 @@ def page(results: Results, figures: Mapping[str, Any], title: str) -> str:
 <main>
 <header>
 <h1>{escape(title)}</h1>
-<p class="soft">{escape(results.folder)} on {escape(made_on)}{escape(commit)}. Every figure is also in report.json.
+<p class="soft">{escape(results.folder)} on {escape(made_on)}{escape(code)}. Every figure is also in report.json.
 For research; not for diagnosis.</p>
 <nav>{links}</nav>
 </header>
@@ -91,21 +98,25 @@ For research; not for diagnosis.</p>
 
 def cards(results: Results) -> str:
     """The figures to see first: the benefit for the two rarest classes, and the three kinds of control."""
-    shown: list[tuple[str, str]] = []
+    shown: list[tuple[Mapping[str, float], str, str]] = []  # estimate, what it is, output that it comes from
     if results.classify:
         tasks, training = headline(results.classify), results.classify["n"]["train"]
         for task in sorted(tasks, key=lambda task: training[task.split(" vs ")[1]])[:2]:
             arms = tasks[task]
             if {"tiger_f", "oversampling"} <= arms.keys():
-                ours, theirs = (number(arms[arm]["value"]) for arm in ("tiger_f", "oversampling"))
-                shown.append((ours, f"AUC {task} with Tiger-F, against {theirs} with oversampling"))
+                theirs = number(arms["oversampling"]["value"])
+                shown.append((arms["tiger_f"], f"AUC {task} with Tiger-F; {theirs} with oversampling", "classify"))
     for name, title in CONTROLS.items() if results.control else ():
         part = (results.control or {})[name]
-        shown.append(
-            (number(part["generated"]["value"]), f"{title}, of {number(part['ceiling']['value'])} in real ones")
-        )
-    boxes = "".join(f'<div class="card"><b>{value}</b><span>{escape(text)}</span></div>' for value, text in shown)
-    return f'<div class="cards">{boxes}</div>'
+        ceiling, floor = (number(part[bound]["value"]) for bound in BOUNDS)
+        text = f"{title}; {ceiling} in real images, {floor} with the requests of other images"
+        shown.append((part["generated"], text, "control.json"))
+    boxes = (
+        f'<div class="card"><b>{number(estimate["value"])}</b><small>{bracket(estimate)}</small>'
+        f"<span>{escape(text)}</span>{made_by(results, output)}</div>"
+        for estimate, text, output in shown
+    )
+    return f'<div class="cards">{"".join(boxes)}</div>'
 
 
 def benefit_section(results: Results) -> str:
@@ -115,7 +126,7 @@ def benefit_section(results: Results) -> str:
         return ""
     tasks = headline(report)
     titles = {task: task.replace(" vs ", " against ") for task in tasks}
-    arms = {arm: str(ARM_NAMES.get(arm, arm)) for arm in report["arms"]}
+    arms = {arm: ARM_NAMES[arm] for arm in report["arms"]}
     head = ["arm", *map(escape, titles.values()), "all classes (macro)", "balanced accuracy"]
     names = [*(f"auc {task}" for task in tasks), "macro_auc", "balanced_accuracy"]
     estimates = {
@@ -130,22 +141,41 @@ def benefit_section(results: Results) -> str:
     settings = report["settings"]
     seeds = len(next(iter(report["arms"].values()))["seeds"])
     text = (
-        f"Test figures of {settings['model']}, trained from {'ImageNet' if settings['weights'] else 'scratch'} for "
-        f"{settings['max_train_steps']:,} steps in every arm, mean of {plural(seeds, 'seed')}. AUC is between the two "
-        f"classes named. Below each value, its interval: {report['interval']}. Tiger-F puts "
-        f"{settings['synthetic_share']:.0%} synthetic images into every class of each batch; all arms but the first "
-        "draw each class equally often."
+        f"Test figures of {settings['model']} on images of {settings['image_size']} px, trained from "
+        f"{'ImageNet' if settings['weights'] else 'scratch'} for {settings['max_train_steps']:,} steps in every arm, "
+        f"{'one training seed' if seeds == 1 else f'mean of {seeds} training seeds'}. AUC is between the two classes "
+        f"named. Below each value, its interval: {report['interval']}. It covers the choice of test patients, not that "
+        f"of the training seed. Tiger-F puts {settings['synthetic_share']:.0%} synthetic images into every class of "
+        f"each batch; all arms but the first draw each class equally often.{real_upper_text(report)}"
     )
     return section(
         "benefit",
         "Does a classifier learn the rare classes better?",
         f"<p>{escape(text)} {made_by(results, 'classify')}</p>",
-        image(charts.interval_chart(estimates, "test AUC"), "AUC with its 95 % interval, by arm."),
+        image(
+            charts.interval_chart(estimates, "test AUC"),
+            "AUC with its 95 % interval, by arm.",
+            f"Chart of test AUC with intervals, one panel each for {', '.join(titles.values())}",
+        ),
         table(head, values),
         "<h3>Difference to oversampling</h3>" + table(head, gains) if gains else "",
         roc_figure(results, titles, arms),
         "<h3>Number of images</h3>" + pools_table(report["n"]),
         realism_text(report),
+    )
+
+
+def real_upper_text(report: Mapping[str, Any]) -> str:
+    """How many further real images there are, and how often they are drawn, which is not as often as synthetic ones."""
+    if "real_upper" not in report["arms"]:
+        return ""
+    real, synthetic, extra = (report["n"][pool] for pool in ("train", "synthetic", "extra_real"))
+    shares = ", ".join(f"{n / (n + real[label]):.0%} of {label}" for label, n in extra.items())
+    fewer = ", ".join(f"{label} {n} of {synthetic[label]}" for label, n in extra.items() if n < synthetic[label])
+    count = f"fewer than synthetic ones ({fewer})" if fewer else "as many as synthetic ones"
+    return (
+        f" Further real images are {count}. Each is drawn as often as any other real one of its class, so they make up "
+        f"{shares} in a batch, where Tiger-F's share is fixed."
     )
 
 
@@ -156,7 +186,8 @@ def roc_figure(results: Results, titles: Mapping[str, str], arms: Mapping[str, s
         return ""
     curves = roc_curves(scores, titles)
     named = {titles[task]: {arms[arm]: curve for arm, curve in of.items()} for task, of in curves.items()}
-    return image(charts.roc_chart(named), f"ROC on the test split. {made_by(results, 'classify')}")
+    caption = f"ROC on the test split. {made_by(results, 'classify')}"
+    return image(charts.roc_chart(named), caption, f"ROC curves of every arm for {', '.join(named)}")
 
 
 def pools_table(pools: Mapping[str, Mapping[str, int]]) -> str:
@@ -176,9 +207,13 @@ def realism_text(report: Mapping[str, Any]) -> str:
     if "real_vs_synthetic" not in report:
         return ""
     entry = report["real_vs_synthetic"]
-    value = interval({"value": entry["auc"], **entry})
-    text = f"A classifier trained to do so reaches an AUC of <b>{value}</b> on {number(entry['n_test'])} other images"
-    return f"<h3>Can synthetic images be told from real ones?</h3><p>{text}; 0.5 would be perfect realism.</p>"
+    text = (
+        f"{entry['model']} on images of {entry['image_size']} px, trained for {entry['max_train_steps']:,} steps on "
+        f"{entry['n_train']:,} images, half of them synthetic, tells them apart with an AUC of "
+        f"<b>{number(entry['auc'])}</b> <small>{bracket(entry)}</small> on {entry['n_test']:,} others; 0.5 would be "
+        "perfect realism."
+    )
+    return f"<h3>Can synthetic images be told from real ones?</h3><p>{text}</p>"
 
 
 def control_section(results: Results) -> str:
@@ -197,12 +232,14 @@ def control_section(results: Results) -> str:
         f"{number(report['n']['real'])} real test images. Floor: the {number(report['n']['generated'])} generated "
         f"images against the requests of other images. In brackets, the interval: {report['interval']}."
     )
+    links = [made_by(results, name) for name in ("control.json", *(j["folder"] for j in report["judges"].values()))]
     return section(
         "control",
         "Do the images show what was asked for?",
-        f"<p>{escape(text)} {made_by(results, 'control.json')}</p>",
+        f"<p>{escape(text)} {' '.join(links)}</p>",
         table(head, [control_row(title, report[name]) for name, title in CONTROLS.items()]),
         "<h3>By attribute</h3>",
+        f"<p>{SPECTRUM}</p>" if {"definition", "detail"} <= categories.keys() else "",
         table(head, [control_row(name, part) for name, part in categories.items() if part]),
         "<h3>By class</h3>",
         table(["class", *(escape(name.replace("_", " ").replace("iou", "IoU")) for name in CONTROLS)], of_class),
@@ -211,14 +248,15 @@ def control_section(results: Results) -> str:
 
 def control_row(title: str, part: Mapping[str, Any]) -> list[str]:
     """title, generated, ceiling, share of it, floor"""
-    floor = number(part["floor"]["value"]) if "floor" in part else ""
     ratio = "–" if part["ratio_to_ceiling"] is None else f"{part['ratio_to_ceiling']:.0%}"
-    return [escape(title), interval(part["generated"]), number(part["ceiling"]["value"]), ratio, floor]
+    return [escape(title), cell(part["generated"]), cell(part["ceiling"]), ratio, cell(part["floor"])]
 
 
 def class_cell(part: Mapping[str, Any] | None) -> str:
-    """One class's figure over its ceiling."""
-    return cell(part["generated"], f"of {number(part['ceiling']['value'])}") if part else ""
+    """One class's figure over its ceiling and its floor."""
+    if part is None:
+        return ""
+    return cell(part["generated"], *(f"{name} {number(part[name]['value'])} {bracket(part[name])}" for name in BOUNDS))
 
 
 def quality_section(results: Results) -> str:
@@ -226,7 +264,9 @@ def quality_section(results: Results) -> str:
     report = results.quality
     if report is None:
         return ""
-    groups = {"all classes": report["overall"], **report["per_class"]}
+    left_out = "; ".join(f"{label}: {found}" for label, found in report["left_out"].items())
+    every = f"{', '.join(report['classes'])} together" if left_out else "all classes"
+    groups = {every: report["overall"], **report["per_class"]}
     rows = [
         [
             escape(name),
@@ -244,6 +284,7 @@ def quality_section(results: Results) -> str:
         f"Features of {report['extractor']}, images resized by {report['resize']}. Each value is the "
         f"{report['value']}. Below it, its interval: {report['interval']}. Floor: "
         f"{report['floor']}. An arrow points to the better side."
+        + (f" Left out, for too few images: {left_out}." if left_out else "")
     )
     return section(
         "quality",
@@ -265,7 +306,8 @@ def samples_section(results: Results) -> str:
     for label in (label for label in real if label in fake):
         rows = [tiles(results.real, real[label], "file_name"), tiles(results.fake, fake[label], "file_name")]
         caption = f"<b>{escape(label)}</b>: real images of the {held_out} split above, synthetic ones below."
-        parts.append(image(charts.montage(rows), caption, pixels=True))
+        alt = f"Two rows of images of class {label}: real ones above, synthetic ones below"
+        parts.append(image(charts.montage(rows), caption, alt, pixels=True))
     links = f"{made_by(results, 'data')} {made_by(results, 'generated')}"
     text = f"<p>Spread evenly over each set, not chosen. {links}</p>"
     return section("samples", "Real beside synthetic images", text, *parts) if parts else ""
@@ -290,6 +332,7 @@ def conditions_section(results: Results) -> str:
             charts.montage([masks, tiles(results.fake, chosen, "condition_bg"), images, marked]),
             "From above: nodule mask, Sobel map, generated image, the same with the mask's outline. "
             + made_by(results, "generated"),
+            "Four rows: masks, Sobel maps, the images generated from them, and these with the masks' outlines",
             pixels=True,
         ),
         f"<p>Their prompts, from left to right:</p><ol>{prompts}</ol>",
@@ -298,13 +341,14 @@ def conditions_section(results: Results) -> str:
 
 def data_section(results: Results) -> str:
     """The phantom beside real ultrasound: a picture that comes with the code."""
-    path = ROOT / "docs" / "img" / "phantom_beside_real.png"
-    if results.real is None or {row.source for row in results.real.rows} != {"phantom"} or not path.is_file():
+    if PICTURE not in results.shipped:
         return ""
     caption = (
-        "The phantom, on which this run was trained and tested, beside published ultrasound images of thyroid nodules."
+        "Phantom images of seed 7 (below) beside published clinical images of thyroid nodules (above). The picture "
+        f"comes with the code and shows no image of this run. {made_by(results, PICTURE['output'])}"
     )
-    return section("data", "The data", image(charts.fit_png(path, 1000), f"{caption} {made_by(results, 'data')}"))
+    alt = "Two rows of ultrasound images: clinical ones above, phantom ones below"
+    return section("data", "The data", image(charts.fit_png(ROOT / PICTURE["output"], 1000), caption, alt))
 
 
 def training_section(results: Results) -> str:
@@ -313,25 +357,42 @@ def training_section(results: Results) -> str:
         return ""
     links = " ".join(made_by(results, name) for name in ("pretrain", "finetune"))
     caption = f"Losses by optimizer step; the strong line is a running mean. {links}"
-    return section("training", "Training", image(charts.loss_chart(results.losses), caption))
+    alt = f"Chart of losses by optimizer step, one panel each for {', '.join(results.losses)}"
+    return section("training", "Training", image(charts.loss_chart(results.losses), caption, alt))
 
 
 def commands_section(results: Results) -> str:
-    """What made each figure, and how long it took."""
-    if not results.commands:
+    """What made each figure, how long it took, and what made the nets that ship with the code."""
+    if not results.commands and not results.shipped:
         return ""
-    total = max(1, sum(entry["seconds"] for entry in results.commands))
+    total = sum(entry["seconds"] for entry in results.commands)
     rows = [
-        [escape(entry["title"]), number(entry["seconds"]), f"{entry['seconds'] / total:.0%}"]
+        [
+            escape(entry["title"]),
+            number(entry["seconds"]),
+            f"{entry['seconds'] / max(1, total):.0%}",
+            f"<code>{escape(entry['commit'][:12]) or '–'}</code>",
+        ]
         for entry in results.commands
     ]
-    commands = [
+    times = table(["stage", "seconds", "share", "code"], [*rows, ["<b>all</b>", f"<b>{number(total)}</b>", "", ""]])
+    before = "<p>Made before this run; what is in assets/ and docs/ was shipped with the code:</p>"
+    return section(
+        "commands",
+        "Commands and time",
+        times if rows else "",
+        *map(command_text, results.commands),
+        before if results.shipped else "",
+        *map(command_text, results.shipped),
+    )
+
+
+def command_text(entry: Mapping[str, Any]) -> str:
+    """A command, where `made_by` links to."""
+    return (
         f'<h3 id="made-{escape(entry["output"])}">{escape(entry["title"])} → {escape(entry["output"])}</h3>\n'
         f"<pre>{escape(entry['command'])}</pre>"
-        for entry in results.commands
-    ]
-    times = table(["stage", "seconds", "share"], [*rows, ["<b>all</b>", f"<b>{number(total)}</b>", ""]])
-    return section("commands", "Commands and time", times, *commands)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -360,11 +421,11 @@ def section(anchor: str, title: str, *parts: str) -> str:
     return f'<section>\n<h2 id="{anchor}">{escape(title)}</h2>\n{body}\n</section>\n'
 
 
-def image(png: bytes, caption: str, pixels: bool = False) -> str:
-    """A picture with its caption (HTML). pixels: keep the pixels sharp."""
+def image(png: bytes, caption: str, alt: str, pixels: bool = False) -> str:
+    """A picture with its caption (HTML), and a text for those who do not see it. pixels: keep the pixels sharp."""
     kind = ' class="pixels"' if pixels else ""
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return f'<figure{kind}><img alt="" src="{source}"><figcaption>{caption}</figcaption></figure>'
+    return f'<figure{kind}><img alt="{escape(alt)}" src="{source}"><figcaption>{caption}</figcaption></figure>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -380,7 +441,7 @@ def row_of(tag: str, cells: Sequence[str]) -> str:
 
 def made_by(results: Results, output: str) -> str:
     """A link to the command that made a figure."""
-    titles = {entry["output"]: entry["title"] for entry in results.commands}
+    titles = {entry["output"]: entry["title"] for entry in (*results.commands, *results.shipped)}
     if output not in titles:
         return ""
     name = re.split("[:,]", titles[output])[0]
@@ -392,17 +453,14 @@ def bounds(entry: Mapping[str, float]) -> charts.Estimate:
     return entry["value"], entry["low"], entry["high"]
 
 
-def interval(entry: Mapping[str, float]) -> str:
-    """0.801 [0.750, 0.840], the interval in small print"""
-    value, low, high = map(number, bounds(entry))
-    return f"{value} <small>[{low}, {high}]</small>"
+def bracket(entry: Mapping[str, float]) -> str:
+    """[0.750, 0.840]"""
+    return f"[{number(entry['low'])}, {number(entry['high'])}]"
 
 
-def cell(entry: Mapping[str, float], note: str = "") -> str:
-    """A value, below it its interval, and below that a note."""
-    value, low, high = map(number, bounds(entry))
-    lines = [f"{value}", f"<small>[{low}, {high}]</small>", f"<small>{note}</small>" if note else ""]
-    return "<br>".join(line for line in lines if line)
+def cell(entry: Mapping[str, float], *notes: str) -> str:
+    """A value, below it its interval, and below that notes."""
+    return "<br>".join([number(entry["value"]), *(f"<small>{line}</small>" for line in (bracket(entry), *notes))])
 
 
 def number(value: float | None) -> str:
@@ -414,11 +472,6 @@ def number(value: float | None) -> str:
     if abs(value) >= 100:
         return f"{value:,.1f}"
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.005 else f"{value:.2e}"
-
-
-def plural(count: int, noun: str) -> str:
-    """1 seed, 2 seeds"""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def escape(text: Any) -> str:

@@ -10,7 +10,7 @@ real images which share no patient: FID, coverage and others depend on the numbe
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,15 @@ from tqdm import tqdm
 
 from eval import statistics
 from eval.features import DEFAULT, RESIZE, default_cache, features_of, load_extractor
-from eval.images import group_of, read_split
+from eval.images import group_of, patients_of, read_split
 from eval.similarity import VARIANT as SSIM_VARIANT
-from eval.similarity import ssim, ssim_report
+from eval.similarity import ssim_report
 from tiger.errors import InputError, run
 from tiger.files import write_json
 from tiger.manifest import Manifest
 
-__all__ = ["fid", "kid", "density_coverage", "precision_recall", "ssim"]
-
 Features = NDArray[np.floating[Any]]  # (N, D)
+FEWEST = 2  # images of a class in a set; a class with fewer is left out
 K = 5  # neighbours, as in Naeem et al. 2020
 BLOCK = 2048  # rows of a distance matrix that are held at once
 REPEATS = 10  # random splits that a value is averaged over
@@ -153,25 +152,32 @@ class ClassSets:
     def n(self) -> int:
         """Images in each set that is compared: what two sets of whole patients surely hold, or all synthetic ones."""
         sizes = [len(rows) for rows in self.real]
-        return min(sum(len(rows) for rows in self.fake), (sum(sizes) - max(sizes)) // 2)
+        return min(sum(len(rows) for rows in self.fake), (sum(sizes) - max(sizes, default=0)) // 2)
+
+    def __str__(self) -> str:
+        real, fake = (sum(len(rows) for rows in groups) for groups in (self.real, self.fake))
+        return f"{real} real images of {len(self.real)} patients, {fake} synthetic ones"
 
 
-def class_sets(real: Manifest, fake: Manifest) -> dict[str, ClassSets]:
-    """label -> its groups, of the classes that both have. Row indices are those of the two manifests."""
+def class_sets(
+    real: Manifest, fake: Manifest, patient_of: Mapping[str, str]
+) -> tuple[dict[str, ClassSets], dict[str, ClassSets]]:
+    """(label -> its groups, the same of the classes with too few images). Row indices are those of the manifests."""
     groups: dict[str, tuple[dict[str, list[int]], dict[str, list[int]]]] = {}
     for side, rows in enumerate((real.rows, fake.rows)):
         for index, row in enumerate(rows):
-            groups.setdefault(str(row.label), ({}, {}))[side].setdefault(group_of(row), []).append(index)
+            of_class = groups.setdefault(str(row.label), ({}, {}))[side]
+            of_class.setdefault(group_of(row, patient_of), []).append(index)
     sets = {
         label: ClassSets([np.array(rows) for rows in of_real.values()], [np.array(rows) for rows in of_fake.values()])
         for label, (of_real, of_fake) in groups.items()
-        if of_real and of_fake
     }
-    small = [f"{label} ({len(s.real)} real patients, {s.n} images a set)" for label, s in sets.items() if s.n < 2]
-    if not sets or small:
-        what = f"too few images of {', '.join(small)}; two are needed" if sets else "no class in common"
-        raise InputError(f"{real.path} and {fake.path}: {what}")
-    return sets
+    large = {label: one for label, one in sets.items() if one.n >= FEWEST}
+    small = {label: one for label, one in sets.items() if one.n < FEWEST}
+    if not large:
+        found = "; ".join(f"{label}: {one}" for label, one in small.items())
+        raise InputError(f"{real.path} and {fake.path}: every class has too few images on one side ({found})")
+    return large, small
 
 
 Draw = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]  # rows of real, further real, fake
@@ -258,7 +264,9 @@ def main(argv: list[str] | None = None) -> None:
     train = every.select(split="train")
     real = every if args.split == "all" else read_split(args.real, args.split, synthetic=False)
     fake = read_split(args.fake, None, synthetic=True)
-    sets = class_sets(real, fake)
+    sets, left_out = class_sets(real, fake, patients_of(every.rows))
+    for label, one in left_out.items():
+        print(f"warning: class {label} has too few images and is left out: {one}", file=sys.stderr)
     extractor = load_extractor(args.extractor, args.extractor_weights)
     if args.dry_run:
         print(f"{len(real.rows)} real and {len(fake.rows)} synthetic images, {len(sets)} classes: nothing measured")
@@ -279,9 +287,12 @@ def main(argv: list[str] | None = None) -> None:
         "resize": RESIZE,
         "split": args.split,
         "n": {"real": len(real.rows), "synthetic": len(fake.rows)},
+        "classes": list(sets),
+        "left_out": {label: str(one) for label, one in left_out.items()},
         "value": f"mean over {REPEATS} random sets of n images, equally many of a class on both sides",
         "floor": "the same between two sets of n real images without a common patient; of SSIM: 'random real'",
-        "interval": f"95 %, {RESAMPLES} bootstrap resamples of patients and of source images, centred on the value",
+        "interval": f"95 %, {RESAMPLES} bootstrap resamples of patients, centred on the value; a synthetic image "
+        "belongs to that of its map",
         "ssim": SSIM_VARIANT,
         "overall": results.pop("overall"),
         "per_class": results,

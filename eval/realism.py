@@ -1,26 +1,21 @@
 """Can a classifier tell synthetic from real? Its AUC, 0.5 being perfect (Lopez-Paz & Oquab 2017, C2ST)."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from eval import classifier, statistics
 from eval.classifier import Recipe
-from eval.images import load_images
+from eval.images import group_of, load_images, patients_of, source_patients
 from tiger.errors import InputError
 from tiger.manifest import Manifest, Row
-
-
-def source_patients(row: Row, patient_of: dict[str, str]) -> set[str]:
-    """The patients whose images a synthetic row was made from; a row of unknown origin is a patient of its own."""
-    return {patient_of.get(name, name) for name in row.derived_from} or {row.patient_id or row.file_name}
-
 
 Pair = tuple[list[Row], list[Row]]  # real and synthetic rows
 
 
-def halves(real: list[Row], fake: list[Row], patient_of: dict[str, str], seed: int) -> list[Pair]:
+def halves(real: list[Row], fake: list[Row], patient_of: Mapping[str, str], seed: int) -> list[Pair]:
     """Two disjoint (real, fake) halves: no patient is in both, nor is one that a synthetic image was made from.
 
     A synthetic row whose sources fall into different halves is left out. Each class has equally many real and
@@ -61,7 +56,7 @@ def measure(
         real: all real rows, to find the patients of `derived_from`.
         kept_out: real rows that the generator has not seen.
     """
-    patient_of = {row.file_name: row.patient_id or row.file_name for row in real.rows}
+    patient_of = patients_of(real.rows)
     parts = halves(kept_out, list(fake.rows), patient_of, seed)
     if any(len(rows) < 2 for part in parts for rows in part):
         raise InputError(f"{fake.path}: too few synthetic images share a class with held-out ones of {real.path}")
@@ -70,8 +65,7 @@ def measure(
         sources = (Manifest(real.path, tuple(real_rows)), Manifest(fake.path, tuple(fake_rows)))
         images.append(np.concatenate([load_images(source, image_size) for source in sources]))
         y.append(np.repeat([0, 1], [len(real_rows), len(fake_rows)]))
-        made_from = [min(source_patients(row, patient_of)) for row in fake_rows]
-        groups.append([*(row.patient_id or row.file_name for row in real_rows), *made_from])
+        groups.append([group_of(row, patient_of) for row in (*real_rows, *fake_rows)])
     net, notes = classifier.train(
         recipe,
         images[0],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from eval.page import page
 from eval.results import figures_of, read_results
-from tiger.errors import run
+from tiger.errors import InputError, run
 from tiger.files import atomic_path, write_json
 
 
@@ -31,14 +31,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--dry_run", action="store_true", help="read everything and write nothing")
     args = parser.parse_args(argv)
-    results = read_results(args.run)
+    try:
+        results = read_results(args.run)
+        figures = figures_of(results)
+        text = page(results, figures, args.title)
+    except KeyError as error:
+        raise InputError(f"--run {args.run}: a result lacks {error}; other code made it: make it anew") from error
     if args.dry_run:
         print(f"{args.run}: the results can be read; nothing written")
         return
-    figures = figures_of(results)
     write_json(args.run / "report.json", figures)
     with atomic_path(args.run / "report.html") as temporary:
-        temporary.write_text(page(results, figures, args.title), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     print(f"wrote {args.run / 'report.html'} and {args.run / 'report.json'}")
 
 

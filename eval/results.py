@@ -14,10 +14,16 @@ import pandas as pd
 from sklearn.metrics import roc_curve
 
 from tiger import manifest as manifests
-from tiger.config import git_commit
 from tiger.errors import InputError
 from tiger.files import read_json
 from tiger.manifest import Manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURE = {
+    "output": "docs/img/phantom_beside_real.png",
+    "title": "montage of clinical and phantom images",
+    "command": "python -m benchmarks.montage phantom --real tiger_thyroid/init_image docs/img/phantom_beside_real.png",
+}
 
 Curve = tuple[list[float], list[float]]  # x, y
 
@@ -32,7 +38,8 @@ class Results:
     quality: dict[str, Any] | None
     control: dict[str, Any] | None
     classify: dict[str, Any] | None
-    commands: list[dict[str, Any]]  # output, title, seconds, command
+    commands: list[dict[str, Any]]  # output, title, seconds, command, commit of the code (empty: unknown)
+    shipped: list[dict[str, str]]  # output, title, command of what the run used and did not make
     losses: dict[str, dict[str, Curve]]  # stage -> name -> steps, values
 
 
@@ -47,14 +54,16 @@ def read_results(folder: Path) -> Results:
     def rows(name: str) -> Manifest | None:
         return manifests.read(folder / name) if (folder / name / "metadata.jsonl").is_file() else None
 
+    real, commands, control = rows("data"), result("commands.json") or [], result("control.json")
     found = Results(
         folder=folder,
-        real=rows("data"),
+        real=real,
         fake=rows("generated"),
         quality=result("quality.json"),
-        control=result("control.json"),
+        control=control,
         classify=result("classify/report.json"),
-        commands=result("commands.json") or [],
+        commands=commands,
+        shipped=shipped(commands, control, real),
         losses={
             title: curves
             for name, title in (("pretrain", "coarse training"), ("finetune", "fine training"))
@@ -66,6 +75,31 @@ def read_results(folder: Path) -> Results:
             f"--run {folder}: holds no result (metrics.jsonl, quality.json, control.json, classify/report.json)"
         )
     return found
+
+
+def shipped(
+    commands: Iterable[Mapping[str, Any]], control: Mapping[str, Any] | None, real: Manifest | None
+) -> list[dict[str, str]]:
+    """What made the base and the judges that the run used, and the picture of the phantom that it was made from."""
+    entries = []
+    base = Path("assets/tiny-base")
+    if any(str(base) in entry["command"] for entry in commands):
+        made_by = {path.stem: read_json(path).get("command") for path in sorted((ROOT / base).glob("*.json"))}
+        made_by["unet"] = "bash assets/build.sh"
+        entries += [
+            {"output": str(base / part), "title": f"the base's {part.replace('_', ' ')}", "command": command}
+            for part, command in made_by.items()
+            if command
+        ]
+    if control is not None:
+        entries += [
+            {"output": judge["folder"], "title": f"the {name} judge", "command": judge["command"]}
+            for name, judge in control["judges"].items()
+            if judge["command"]
+        ]
+    if real is not None and {row.source for row in real.rows} == {"phantom"} and (ROOT / PICTURE["output"]).is_file():
+        entries.append(PICTURE)
+    return entries
 
 
 def read_losses(path: Path) -> dict[str, Curve]:
@@ -90,12 +124,12 @@ def figures_of(results: Results) -> dict[str, Any]:
         "quality": results.quality,
         "training": {stage: ends_of(curves) for stage, curves in results.losses.items()},
         "stages": results.commands,
+        "shipped": results.shipped,
         "machine": {
             "processor": processor(),
             "cores": os.cpu_count(),
             "system": platform.platform(),
             "python": platform.python_version(),
-            "commit": git_commit(),
         },
     }
     return {name: value for name, value in figures.items() if value}

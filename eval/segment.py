@@ -58,7 +58,7 @@ def measure(net: Segmenter, images: np.ndarray, masks: np.ndarray) -> dict[str, 
 
 
 def train(args: argparse.Namespace, command: str) -> None:
-    """Train on split `train`, watch `valid` if there is one, measure on `test`, save."""
+    """Train on split `train`, watch and measure on `test`, by which nothing is chosen, save."""
     torch.manual_seed(args.seed)
     net = Segmenter(args.width, args.resolution).to(memory_format=torch.channels_last).to(device())
     train_rows = read_split(args.data_dir, "train")

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval import statistics
-from eval.images import group_of, load_images, load_native
+from eval.images import group_of, load_images, load_native, patients_of
 from tiger.manifest import Manifest, Row
 
 VARIANT = "scikit-image, 7x7 uniform window, grey, 0-255"
@@ -49,7 +49,9 @@ def pairs_of(
     )
     real_rows, fake_rows = [real.rows[i] for i in real_at], [fake.rows[i] for i in fake_at]
     theirs, ours = images(real, real_rows), images(fake, fake_rows)
-    patients, sources = [group_of(row) for row in real_rows], [group_of(row) for row in fake_rows]
+    known = {row.file_name: row for row in (*train.rows, *real.rows)}
+    patient_of = patients_of(known.values())
+    patients, sources = ([group_of(row, patient_of) for row in rows] for rows in (real_rows, fake_rows))
 
     pairs: dict[str, list[Pair]] = {}
     partners = rng.integers(len(theirs), size=len(ours))
@@ -57,9 +59,8 @@ def pairs_of(
     partners = rng.permutation(len(theirs))
     strangers = [(i, j) for i, j in enumerate(partners) if patients[i] != patients[j]]
     pairs["random real"] = [(theirs[i], theirs[j], patients[i]) for i, j in strangers]
-    known = {row.file_name: row for row in (*train.rows, *real.rows)}
     followed = [i for i, row in enumerate(fake_rows) if row.derived_from and row.derived_from[0] in known]
-    originals = images(real, [known[sources[i]] for i in followed])
+    originals = images(real, [known[fake_rows[i].derived_from[0]] for i in followed])
     pairs["condition"] = [(ours[i], original, sources[i]) for i, original in zip(followed, originals, strict=True)]
     if train.rows:
         closest = images(train, [train.rows[k] for k in nearest[1][fake_at]])

@@ -11,6 +11,7 @@ import torch
 from eval_samples import write_dataset
 
 from eval import classifier, classify, realism
+from eval.images import source_patients
 from tiger import manifest
 from tiger.errors import InputError, run
 from tiger.manifest import Manifest, Row
@@ -111,7 +112,9 @@ def test_report_scores_and_reuse(
     assert len(tiger["macro_auc"]["per_seed"]) == 2
     assert tiger["macro_auc"]["low"] <= tiger["macro_auc"]["value"] <= tiger["macro_auc"]["high"]
     assert "minus_oversampling" in tiger["auc benign vs FTC"]
-    assert report["real_vs_synthetic"]["n_test"] > 0
+    realism_figures = report["real_vs_synthetic"]
+    assert realism_figures["n_train"] > 0 and realism_figures["n_test"] > 0
+    assert [realism_figures[name] for name in ("model", "image_size", "max_train_steps")] == ["resnet18", 32, 1]
     with open(tmp_path / "scores.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 2 * 24
@@ -272,7 +275,7 @@ def test_realism_halves_share_no_patient() -> None:
     ]
     first, second = realism.halves(real, fake, train, seed=0)
     assert not {r.patient_id for r in first[0]} & {r.patient_id for r in second[0]}
-    patients = [{p for r in part[1] for p in realism.source_patients(r, train)} for part in (first, second)]
+    patients = [{p for r in part[1] for p in source_patients(r, train)} for part in (first, second)]
     assert not patients[0] & patients[1]
     for real_rows, fake_rows in (first, second):
         assert sorted(str(r.label) for r in real_rows) == sorted(str(r.label) for r in fake_rows)

@@ -78,3 +78,5 @@ def test_resume_refuses_what_changes_steps(tmp_path, monkeypatch):
     check_resume(parse(PretrainConfig, [*NEEDED, *longer, f"--data_dir={tmp_path / 'data'}"]), saved)
     with pytest.raises(InputError, match="--seed was 0, is 1; .*--data_dir was data, is other|--data_dir.*--seed"):
         check_resume(parse(PretrainConfig, [*NEEDED, "--seed=1", "--data_dir=other"]), saved)
+    with pytest.raises(InputError, match="not written by this stage, .* '# FinetuneConfig', found '# PretrainConfig"):
+        check_resume(parse(FinetuneConfig, NEEDED), saved)

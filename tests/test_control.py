@@ -10,10 +10,12 @@ from eval_samples import PLACES, write_dataset
 from PIL import Image
 
 from eval import control
+from eval.images import patients_of
 from eval.judges import AttributeNet, Segmenter, save_judge
 from tiger import manifest
 from tiger.conditions import blank_nodule, read_gray, read_mask, sobel_map
 from tiger.errors import InputError
+from tiger.files import write_json
 from tiger.manifest import Manifest
 
 COUNTS = {"test": {"benign": 9, "FTC": 6}}
@@ -36,15 +38,17 @@ def test_masks_between_floor_and_ceiling(folders: tuple[Manifest, Manifest], mon
     fake, real = folders
     net = Segmenter(width=4, resolution=32)
     monkeypatch.setattr(control, "segment", lambda net, images: bright(images))
-    result = control.mask_control(net, fake, real)
+    result = control.mask_control(net, fake, real, {})
     assert result["generated"]["n"] == 18
     assert 0.3 < result["generated"]["value"] < 1
     assert result["generated"]["low"] < result["generated"]["value"] < result["generated"]["high"]
     assert result["ratio_to_ceiling"] == pytest.approx(1, abs=0.1)
     assert result["floor"]["value"] < 0.5 * result["generated"]["value"]
-    assert result["per_class"]["FTC"]["generated"]["n"] == 12
+    of_class = result["per_class"]["FTC"]
+    assert of_class["generated"]["n"] == of_class["floor"]["n"] == 12
+    assert of_class["floor"]["low"] <= of_class["floor"]["value"] < 0.5 * of_class["generated"]["value"]
     monkeypatch.setattr(control, "segment", lambda net, images: np.zeros(images.shape, bool))
-    blind = control.mask_control(net, fake, real)
+    blind = control.mask_control(net, fake, real, {})
     assert (blind["generated"]["value"], blind["ratio_to_ceiling"]) == (0, None)
 
 
@@ -58,6 +62,24 @@ def test_the_ceiling_has_the_class_shares_of_the_generated_images() -> None:
     assert result["per_class"]["a"]["ceiling"]["value"] == pytest.approx(0.4)
 
 
+def test_a_class_without_a_floor_has_none() -> None:
+    labels = np.array(["a", "a", "b"])
+    every = control.Judged(np.array([0.2, 0.4, 0.6]), labels, np.arange(3))
+    result = control.compare(every, every.where(labels == "a"), every)
+    assert result["per_class"]["a"]["floor"]["value"] == pytest.approx(0.3)
+    assert result["per_class"]["b"]["floor"]["n"] == 0
+    assert np.isnan(result["per_class"]["b"]["floor"]["value"])
+
+
+def test_generated_images_belong_to_the_patient_of_their_map(tmp_path: Path) -> None:
+    real = write_dataset(tmp_path / "real", {"train": {"FTC": 4}})  # two images a patient
+    sources = [row.file_name for row in real.rows]
+    fake = write_dataset(tmp_path / "fake", {"train": {"FTC": 4}}, synthetic=True, prefix="S", sources=sources)
+    groups = control.judged(np.zeros(4), fake, patients_of(real.rows)).groups
+    assert groups.tolist() == [row.patient_id for row in real.rows]
+    assert len(set(groups)) == 2
+
+
 def test_shuffling_leaves_nothing_in_place() -> None:
     for count in (2, 3, 17):
         order = control.shuffled(count)
@@ -67,7 +89,7 @@ def test_shuffling_leaves_nothing_in_place() -> None:
 
 def test_sobel_correlation_is_one_for_the_image_itself(folders: tuple[Manifest, Manifest]) -> None:
     fake, real = folders
-    result = control.sobel_control(fake, real)
+    result = control.sobel_control(fake, real, {})
     assert result["generated"]["value"] == pytest.approx(1)
     assert result["ceiling"]["value"] == pytest.approx(1)
     assert result["floor"]["value"] < 0.6
@@ -79,7 +101,7 @@ def test_blanked_maps_are_compared_outside_the_mask(folders: tuple[Manifest, Man
     for row in fake.rows:  # what is in the nodule was not asked for by the map, and may be anything there
         image, mask = read_gray(fake.file(row, "file_name")), read_mask(fake.file(row, "condition_fg"))
         Image.fromarray(blank_nodule(sobel_map(image), mask)).save(fake.file(row, "condition_bg"))
-    result = control.sobel_control(fake, real)
+    result = control.sobel_control(fake, real, {})
     assert result["images_compared_outside_the_mask"] == 18
     assert result["generated"]["value"] == pytest.approx(1)
 
@@ -110,28 +132,31 @@ def test_attributes_between_floor_and_ceiling(
 
     monkeypatch.setattr(control, "predict_attributes", predict)
     knowledge = control.Knowledge.load("thyroid")
-    result = control.attribute_control(net, fake, real, knowledge)
+    result = control.attribute_control(net, fake, real, {}, knowledge)
     assert result["generated"]["value"] > 0.9
     assert result["floor"]["value"] < 0.7
     assert result["categories"]["location"]["generated"] == result["generated"]
     prompts_only = Manifest(fake.path, tuple(replace(row, attributes={}) for row in fake.rows))
-    assert control.attribute_control(net, prompts_only, real, knowledge)["generated"] == result["generated"]
+    assert control.attribute_control(net, prompts_only, real, {}, knowledge)["generated"] == result["generated"]
     silent = Manifest(
         fake.path, tuple(replace(row, attributes={}, text_fg="malignant", text_bg="sonogram") for row in fake.rows[:1])
     )
     with pytest.raises(InputError, match="rows that state no attribute.*S0000.png"):
-        control.attribute_control(net, Manifest(fake.path, silent.rows + fake.rows[1:]), real, knowledge)
+        control.attribute_control(net, Manifest(fake.path, silent.rows + fake.rows[1:]), real, {}, knowledge)
 
 
 def test_command_writes_a_report(folders: tuple[Manifest, Manifest], tmp_path: Path) -> None:
     fake, real = folders
     save_judge(Segmenter(width=4, resolution=32).eval(), tmp_path / "judges" / "segmenter")
     save_judge(AttributeNet({"location": list(PLACES)}, 4, 32).eval(), tmp_path / "judges" / "attributes")
+    write_json(tmp_path / "judges" / "segmenter" / "metrics.json", {"command": "train it"})
     given = ["--fake", str(fake.root), "--real", str(real.root), "--judges", str(tmp_path / "judges")]
     control.main([*given, "--output", str(tmp_path / "control.json")])
     report = json.loads((tmp_path / "control.json").read_text())
     assert report["n"] == {"generated": 18, "real": 15}
     assert report["command"].startswith("python -m eval.control --fake ")
+    assert report["judges"]["segmenter"] == {"folder": str(tmp_path / "judges" / "segmenter"), "command": "train it"}
+    assert report["judges"]["attributes"]["command"] == ""  # nobody wrote down how it was made
     assert set(report) >= {"mask_iou", "sobel_correlation", "attribute_agreement"}
     with pytest.raises(InputError, match="no config.json; train this judge first"):
         control.main([*given[:4], "--judges", str(tmp_path), "--output", str(tmp_path / "c.json")])

@@ -16,7 +16,6 @@ from tiger.dataset import (
     batch_indices,
     cache_latents,
     mirror_text,
-    row_weights,
     sample_latents,
 )
 from tiger.errors import InputError
@@ -65,12 +64,12 @@ def test_batches_run_on_across_epochs_and_may_exceed_the_data():
 
 
 def test_weighted_drawing_balances_classes(rows):
-    weights = row_weights(rows, 1.0)
+    weights = manifest.row_weights(rows, 1.0)
     drawn = np.concatenate([batch_indices(0, step, 16, len(rows.rows), weights) for step in range(300)])
     shares = [np.mean([rows.rows[i].label == label for i in drawn]) for label in ("PTC", "FTC", "benign")]
     assert np.allclose(shares, 1 / 3, atol=0.03)
-    assert row_weights(rows, 0) is None
-    halfway = row_weights(rows, 0.5)
+    assert manifest.row_weights(rows, 0) is None
+    halfway = manifest.row_weights(rows, 0.5)
     assert np.isclose(sum(w for w, row in zip(halfway, rows.rows, strict=True) if row.label == "PTC"), 2 / (2 + 2))
 
 
@@ -80,7 +79,7 @@ def test_balance_needs_labels(tmp_path):
     del lines[1]["label"]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(InputError, match="1 have none, first file_name/1.png"):
-        row_weights(manifest.read(folder), 0.5)
+        manifest.row_weights(manifest.read(folder), 0.5)
 
 
 def batches(accumulation: int, world: int, size: int, start: int = 0) -> list[list[int]]:
@@ -179,6 +178,7 @@ def test_each_process_encodes_its_share(rows, tmp_path):
 
 def test_sampled_latents_have_the_posteriors_mean_and_spread():
     vae = make_vae(4)
+    vae.register_to_config(shift_factor=0.5)  # Stable Diffusion has none: training and pipeline leave it out alike
     moments = torch.cat([torch.full((1, 4, 2, 2), 3.0), torch.full((1, 4, 2, 2), 2 * np.log(0.5))], dim=1)
     noise = torch.randn(1, 4, 2, 2)
     assert torch.allclose(sample_latents(vae, moments, noise), (3.0 + 0.5 * noise) * vae.config.scaling_factor)

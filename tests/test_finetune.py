@@ -1,6 +1,10 @@
 """Fine-Training from its command line, on tiny random models of every layout."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +26,7 @@ from tiger.model import DualControlNet
 from tiger.pipeline import TigerPipeline
 from tiger.stage import SampleNoise
 
+ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -70,6 +75,27 @@ def test_both_encoders_and_the_fusion_are_trained_and_resume_is_bit_equal(update
     for name in ("optimizer-0", "optimizer-1", "optimizer-2", "ema"):
         first, second = (tmp_path / run / "checkpoint-4" / f"{name}.safetensors" for run in ("whole", "cut"))
         assert not differing(first, second)
+
+
+def test_two_processes_may_leave_an_encoder_without_gradients(bases, data, tmp_path):
+    """alternate trains one encoder a step, which DistributedDataParallel refuses unless it is told."""
+    argv = flags(
+        pretrained_model=bases["tiny"], data_dir=data, output_dir=tmp_path, update="alternate", term_weighting="off"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tiger.finetune", *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert (tmp_path / "model_index.json").exists()
 
 
 def make_stage(base: Path, data: Path, tmp_path: Path, **values: object) -> tuple[FineStage, dict]:

@@ -64,6 +64,25 @@ def test_read_splits_one_text_column(tmp_path: Path):
         read(tmp_path)
 
 
+def test_text_without_a_known_term_on_the_lesion_is_refused(tmp_path: Path):
+    write_lines(tmp_path, {"file_name": "a.png", "text": "transverse view, weird blob"})
+    with pytest.raises(InputError) as error:
+        read(tmp_path, Knowledge.load("thyroid"))
+    message = problems_of(error)
+    assert "line 1: text: 'transverse view, weird blob' names no term on the lesion that the thyroid" in message
+    assert "text_fg: must" not in message and "\n" not in message
+
+
+def test_planes(tmp_path: Path):
+    spellings = ("longitudinal", "Transverse plane", "left longitudinal plane", "transverse right", "longitudinal view")
+    write_lines(tmp_path, *({"file_name": f"{i}.png", "plane": p, **TEXTS} for i, p in enumerate(spellings)))
+    assert [str(row.plane)[0] for row in read(tmp_path).rows] == list("ltltl")
+    assert {row.plane for row in read(tmp_path).rows} == {"longitudinal", "transverse"}
+    write_lines(tmp_path, {"file_name": "a.png", "plane": "sagittal", **TEXTS})
+    with pytest.raises(InputError, match="line 1: plane: must be longitudinal or transverse, found 'sagittal'"):
+        read(tmp_path)
+
+
 def test_read_collects_every_structural_problem(tmp_path: Path):
     write_lines(
         tmp_path,
@@ -76,15 +95,17 @@ def test_read_collects_every_structural_problem(tmp_path: Path):
         {"file_name": "f.png", **TEXTS},
         {"file_name": "f.png", **TEXTS},
         '["a list"]',
+        {"file_name": ".", **TEXTS},
     )
     with pytest.raises(InputError) as error:
         read(tmp_path)
     message = problems_of(error)
     for expected in (
-        "9 problems", "line 1: not valid JSON", "line 2: file_name: '/etc/a.png' is not a relative path",
+        "10 problems", "line 1: not valid JSON", "line 2: file_name: '/etc/a.png' is not a relative path",
         "line 3: condition_fg: '../mask/b.png' leaves the manifest's folder", "line 4: has no text_bg",
         "line 5: unknown column 'pateint_id': did you mean 'patient_id'?", "line 6: split: must be one of",
         "line 6: seed: must be an integer", "line 8: f.png is already in line 7", "line 9: must be a JSON object",
+        "line 10: file_name: '.' is the manifest's folder: name a file in it",
     ):  # fmt: skip
         assert expected in message
 
@@ -235,3 +256,11 @@ def test_assign_splits_keeps_patients_whole_and_labels_in_proportion():
     shuffled = assign_splits(rows[::-1], fractions, seed=1)[::-1]
     assert shuffled == done
     assert assign_splits(rows, fractions, seed=2) != done
+
+
+@pytest.mark.parametrize(("patients", "counts"), [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (2, 0, 1)), (10, (7, 1, 2))])
+def test_a_small_class_has_test_patients_before_valid_ones(patients: int, counts: tuple[int, int, int]):
+    fractions = {"train": 0.7, "valid": 0.1, "test": 0.2}
+    rows = [Row(f"{i}.png", "x", "y", label="FTC", patient_id=str(i)) for i in range(patients)]
+    splits = [row.split for row in assign_splits(rows, fractions, seed=0)]
+    assert tuple(splits.count(name) for name in fractions) == counts

@@ -10,6 +10,7 @@ from PIL import Image
 
 from data import phantom
 from tiger import manifest
+from tiger.conditions import read_gray, sobel_map
 from tiger.errors import InputError
 from tiger.knowledge import Knowledge
 
@@ -173,7 +174,9 @@ def test_knowledge_base_is_not_the_generators_own_table():
 
 
 def test_common_preset_holds_no_rare_subtype_and_no_particular_term():
-    particular = frozenset(["uneven thick halo", "extracapsular", "macrocalcification", "markedly hypoechoic"])
+    subtypes = Knowledge.load("thyroid").subtypes
+    particular = frozenset[str]().union(*(subtypes[label].particular for label in ("FTC", "MTC")))
+    assert len(particular) >= 4
     cases = phantom.plan(4000, 0, "common", particular)
     assert {case.label for case in cases} == {"benign", "PTC"}
     assert not {term for case in cases for term in case.attributes.values()} & particular
@@ -191,17 +194,31 @@ def test_longtail_plan():
 
 
 def test_write_dataset_makes_a_valid_manifest_and_resumes(tmp_path):
-    path = phantom.write_dataset(tmp_path / "d", count=12, seed=3, workers=1)
+    written = phantom.write_dataset(tmp_path / "d", count=12, seed=3, workers=1)
     data = manifest.read(tmp_path / "d")
+    assert written == data
     manifest.check(data, conditions=True)
+    image, mask, edges = (read_gray(data.file(data.rows[0], c)) for c in ("file_name", "condition_fg", "condition_bg"))
+    assert np.array_equal(edges, sobel_map(image)) and edges[mask > 0].any()  # whole maps; training blanks them
     before = {p: p.read_bytes() for p in (tmp_path / "d").rglob("*.png")}
     gone, kept = data.file(data.rows[0], "file_name"), data.file(data.rows[1], "file_name")
     gone.unlink()
     stamp = kept.stat().st_mtime_ns
-    assert phantom.write_dataset(tmp_path / "d", count=12, seed=3, workers=1) == path
+    phantom.write_dataset(tmp_path / "d", count=12, seed=3, workers=1)
     assert {p: p.read_bytes() for p in (tmp_path / "d").rglob("*.png")} == before
     assert kept.stat().st_mtime_ns == stamp
     assert Image.open(gone).mode == "L"
+
+
+def test_a_folder_with_another_data_set_is_refused(tmp_path):
+    phantom.write_dataset(tmp_path, count=2, seed=3, size=32, workers=1)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match="--seed was 3, is 4, --count was 2, is 6, --size was 32, is 64"):
+        phantom.write_dataset(tmp_path, count=6, seed=4, size=64, workers=1)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    (tmp_path / "phantom.json").unlink()
+    with pytest.raises(InputError, match="without phantom.json"):
+        phantom.write_dataset(tmp_path, count=2, seed=3, size=32, workers=1)
 
 
 @pytest.mark.parametrize(("count", "preset"), [(0, "longtail"), (5, "nonesuch")])

@@ -146,11 +146,19 @@ def test_build_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_build_folder_lists_every_bad_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    source = own_folder(tmp_path / "in", "../a.png,solid,,,", "images/c.png,solid,,,", "images/b.png,blob,,,")
+    source = own_folder(
+        tmp_path / "in",
+        "../a.png,solid,,,",
+        "images/c.png,solid,,,",
+        "images/b.png,blob,,,",
+        ",solid,,,",
+        "images/a.png,solid,,,holdout",
+    )
     assert run(main, ["build", "--source", "folder", "--input", str(source), "--output_dir", str(tmp_path / "o")]) == 2
     told = capsys.readouterr().err
     for expected in ("line 2: file_name '../a.png' must be a path inside", "line 3: ", "c.png: no such file",
-                     "line 4: images/b.png: has neither a label nor a text"):  # fmt: skip
+                     "line 4: images/b.png: has neither a label nor a text", "line 5: file_name '' must be a path",
+                     "line 6: images/a.png: split: must be one of train, valid, test"):  # fmt: skip
         assert expected in told
     assert not (tmp_path / "o" / "metadata.jsonl").exists()
 
@@ -200,6 +208,50 @@ def test_split_in_place_and_as_a_copy(images: Path, tmp_path: Path, capsys: pyte
     assert [row.split for row in read(images).rows] == [row.split for row in copy.rows]
     assert run(main, ["split", "--data_dir", str(images), "--fractions", "0.5", "0.5", "0.5"]) == 2
     assert "add up to 1" in capsys.readouterr().err
+
+
+def test_split_warns_of_classes_that_a_split_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    labels = ["benign"] * 10 + ["FTC"] * 2 + ["MTC"]
+    texts = {"text_fg": "benign", "text_bg": "sonogram"}
+    rows = [{"file_name": f"{i}.png", "patient_id": i, "label": label, **texts} for i, label in enumerate(labels)]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    before = (tmp_path / "metadata.jsonl").read_bytes()
+    assert run(main, ["split", "--data_dir", str(tmp_path), "--dry_run"]) == 0
+    told = capsys.readouterr()
+    assert told.err.splitlines() == [
+        "warning: FTC has too few patients: none is in valid",
+        "warning: MTC has too few patients: none is in valid or test",
+    ]
+    assert told.out.startswith("would write ") and "test" in told.out
+    assert (tmp_path / "metadata.jsonl").read_bytes() == before
+
+
+def test_check_lists_the_unknown_words_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines = []
+    for i in range(3):
+        save(tmp_path / f"{i}.png", noise(i))
+        text = f"benign, solid, glowing{', odd thing' if i else ''}"
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": text}) + "\n")
+    (tmp_path / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert run(main, ["check", "--data_dir", str(tmp_path)]) == 0
+    assert "left out of the prompts: 'glowing' 3, 'odd thing' 2\n" in capsys.readouterr().out
+
+
+def test_dry_runs_write_nothing(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = own_folder(tmp_path / "in", "images/a.png,solid,benign,P1,train")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    out = ["--output_dir", str(tmp_path / "out"), "--dry_run"]
+    assert run(main, ["build", "--source", "folder", "--input", str(source), *out]) == 0
+    assert f"would write {tmp_path / 'out' / 'metadata.jsonl'}: 1 rows" in capsys.readouterr().out
+    assert run(main, ["split", "--data_dir", str(images), *out]) == 0
+    assert "12 rows, 6 patients" in capsys.readouterr().out
+    assert run(main, ["phantom", "--count", "64", "--workers", "1", *out]) == 0
+    assert "benign 35" in capsys.readouterr().out
+    assert run(main, ["conditions", "--data_dir", str(images), "--workers", "1", "--dry_run"]) == 0
+    assert "12 maps would be written, 0 were there" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (images / "images" / "3.png").write_text("junk")
+    assert run(main, ["conditions", "--data_dir", str(images), "--workers", "1", "--dry_run"]) == 2
 
 
 def test_phantom_writes_a_valid_data_set(tmp_path: Path):

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from training_samples import differing, flags, save_base, save_data
 
-from tiger import pretrain
+from tiger import finetune, pretrain
 from tiger.components import load_components
 from tiger.errors import InputError, run
 
@@ -66,8 +66,21 @@ def test_resume_is_bit_equal_and_the_same_command_is_then_done(bases, data, tmp_
     capsys.readouterr()
     train(bases["tiny"], data, tmp_path / "cut", max_train_steps=3, checkpointing_steps=1, **options)
     assert "nothing to do" in capsys.readouterr().out
+    train(bases["tiny"], data, tmp_path / "cut", max_train_steps=2, checkpointing_steps=1, **options)
+    assert "finished model of step 3: nothing to do" in capsys.readouterr().out
     with pytest.raises(InputError, match="--learning_rate was 0.001, is 0.1"):
         train(bases["tiny"], data, tmp_path / "cut", max_train_steps=9, learning_rate=0.1, **options)
+
+
+def test_a_finished_folder_takes_no_other_command(bases, data, tmp_path):
+    train(bases["tiny"], data, tmp_path, max_train_steps=1)
+    for checkpoint in tmp_path.glob("checkpoint-*"):  # deleted to save space
+        shutil.rmtree(checkpoint)
+    for changed in ({"learning_rate": 0.1}, {"max_train_steps": 9, "seed": 5}):
+        with pytest.raises(InputError, match="training with other settings"):
+            train(bases["tiny"], data, tmp_path, **({"max_train_steps": 1} | changed))
+    with pytest.raises(InputError, match="not written by this stage"):
+        finetune.main(flags(pretrained_model=bases["tiny"], data_dir=data, output_dir=tmp_path, max_train_steps=1))
 
 
 def test_the_trained_model_is_a_base_in_turn(bases, data, tmp_path):
@@ -124,6 +137,15 @@ def test_bad_data_is_listed_before_anything_is_loaded(bases, tmp_path, monkeypat
     monkeypatch.setattr("tiger.components.load_components", lambda name: pytest.fail("loaded a model"))
     said = refused(bases["tiny"], folder, tmp_path / "out")
     assert "file_name/1.png" in said and "file_name/3.png" in said
+
+
+def test_class_balance_without_labels_fails_before_anything_is_loaded(bases, tmp_path, monkeypatch):
+    folder = save_data(tmp_path / "data", 8)
+    text = (folder / "metadata.jsonl").read_text()
+    (folder / "metadata.jsonl").write_text(text.replace('"label": "FTC", ', ""))
+    monkeypatch.setattr("tiger.components.load_components", lambda name: pytest.fail("loaded a model"))
+    said = refused(bases["tiny"], folder, tmp_path / "out", class_balance=0.5, dry_run="true")
+    assert "--class_balance needs a label in every row, and 1 have none, first file_name/4.png" in said
 
 
 def test_wrong_splits_and_sizes(bases, data, tmp_path):

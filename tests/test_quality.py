@@ -12,7 +12,7 @@ from eval_samples import write_dataset
 from sklearn.metrics.pairwise import polynomial_kernel
 
 from eval import images, quality, similarity
-from tiger.errors import run
+from tiger.errors import InputError, run
 from tiger.manifest import Manifest
 
 CLASSES = {"benign": 16, "FTC": 16}
@@ -95,8 +95,8 @@ def test_ssim_is_that_of_scikit_image() -> None:
     camera = skimage.data.camera()
     noise = 20 * np.random.RandomState(5).randn(*camera.shape)  # scikit-image's own tests have this figure
     noisy = np.clip(camera + noise, 0, 255).astype(camera.dtype)
-    assert quality.ssim(camera, noisy) == pytest.approx(0.3674518327910367, abs=1e-12)
-    assert quality.ssim(camera, camera) == 1.0
+    assert similarity.ssim(camera, noisy) == pytest.approx(0.3674518327910367, abs=1e-12)
+    assert similarity.ssim(camera, camera) == 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------- manifests
@@ -129,7 +129,12 @@ def sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Manifest, Man
 def test_sets_have_equal_size_and_share_no_patient(sets: tuple[Manifest, Manifest]) -> None:
     real, fake = sets
     test = real.select(split="test")
-    groups = quality.class_sets(test, fake)
+    patient_of = images.patients_of(real.rows)
+    groups, left_out = quality.class_sets(test, fake, patient_of)
+    assert left_out == {}
+    for rows in groups["FTC"].fake:  # those drawn after the two maps of a patient are one group
+        assert len({patient_of[fake.rows[k].derived_from[0]] for k in rows}) == 1
+    assert len(groups["FTC"].fake) == 11  # 20 images
     assert {label: one.n for label, one in groups.items()} == {"benign": 9, "FTC": 11}  # all fakes; (24 − 2) / 2
     repeated = []
     for i in range(20):
@@ -215,7 +220,7 @@ def test_ssim_pairs_are_what_they_are_called(sets: tuple[Manifest, Manifest]) ->
         row = rows[ours.tobytes()][1]
         assert row.label == "FTC"
         assert np.array_equal(other, pictures[row.derived_from[0]])
-        assert group == row.derived_from[0]
+        assert group == next(r.patient_id for r in train.rows if r.file_name == row.derived_from[0])
     for ours, other, _ in pairs["nearest"]:
         assert np.array_equal(other, pictures[train.rows[nearest[1][rows[ours.tobytes()][0]]].file_name])
     patient_of = {images.load_native(real, row).tobytes(): (row.patient_id, row.label) for row in test.rows}
@@ -225,9 +230,34 @@ def test_ssim_pairs_are_what_they_are_called(sets: tuple[Manifest, Manifest]) ->
         assert patient_of[other.tobytes()][1] == "FTC"
 
 
+def test_a_small_class_is_left_out(
+    sets: tuple[Manifest, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = write_dataset(tmp_path / "few", {"train": {"benign": 9, "FTC": 1}}, synthetic=True, prefix="S")
+    given = ["--real", str(sets[0].root), "--fake", str(few.root), "--cache_dir", str(tmp_path / "cache")]
+    quality.main([*given, "--output", str(tmp_path / "quality.json")])
+    assert "warning: class FTC has too few images and is left out" in capsys.readouterr().err
+    report = json.loads((tmp_path / "quality.json").read_text())
+    assert report["classes"] == list(report["per_class"]) == ["benign"]
+    assert report["left_out"] == {"FTC": "24 real images of 12 patients, 1 synthetic ones"}
+    assert report["overall"] == report["per_class"]["benign"]
+
+
+def test_images_of_the_wrong_kind_are_named(sets: tuple[Manifest, Manifest], tmp_path: Path) -> None:
+    real, fake = sets
+    output = ["--output", str(tmp_path / "q.json")]
+    with pytest.raises(InputError, match="no row is marked synthetic"):
+        quality.main(["--real", str(real.root), "--fake", str(real.root), *output])
+    with pytest.raises(InputError, match="every row is synthetic"):
+        quality.main(["--real", str(fake.root), "--fake", str(fake.root), *output])
+
+
 @pytest.mark.parametrize(
     ("fakes", "message"),
-    [({"MTC": 4}, "no class in common"), ({"FTC": 1}, "too few images of FTC")],
+    [
+        ({"MTC": 4}, "too few images on one side (benign: 30 real images of 15 patients, 0 synthetic ones; FTC"),
+        ({"FTC": 1}, "FTC: 24 real images of 12 patients, 1 synthetic ones"),
+    ],
 )
 def test_wrong_input_is_one_line(
     sets: tuple[Manifest, Manifest],

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from PIL import Image
 
 from eval import charts, classify, control, quality, report, statistics
 from eval.judges import AttributeNet, Segmenter, save_judge
-from eval.page import number
-from eval.results import roc_curves
+from eval.page import bracket, control_section, number, quality_section
+from eval.results import PICTURE, read_results, roc_curves
+from tiger import manifest
 from tiger.errors import run
 from tiger.files import read_json, write_json
 
@@ -33,15 +35,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder whose evaluations are the real ones, on toy images and with nets that know nothing."""
     folder = tmp_path_factory.mktemp("run")
     real = write_dataset(folder / "data", COUNTS)
+    manifest.write(real.path, [replace(row, source="phantom") for row in real.rows])
+    write_dataset(folder / "extra", {"train": {"benign": 12, "FTC": 6}}, seed=2, prefix="E")
     sources = [row.file_name for row in real.select(split="train").rows]
     fake = {"train": {"benign": 12, "FTC": 12}}
     write_dataset(folder / "generated", fake, seed=1, synthetic=True, prefix="S", sources=sources)
     save_judge(Segmenter(4, 32), folder / "judges" / "segmenter")
     places = {"location": ["upper pole", "middle pole", "inferior pole"]}
     save_judge(AttributeNet(places, 4, 32), folder / "judges" / "attributes")
+    for name in ("segmenter", "attributes"):
+        write_json(folder / "judges" / name / "metrics.json", {"command": f"train the {name}"})
     sets = ["--real", str(folder / "data"), "--fake", str(folder / "generated")]
     quality.main([*sets, "--output", str(folder / "quality.json"), "--cache_dir", str(folder / "cache")])
     control.main([*sets, "--output", str(folder / "control.json"), "--judges", str(folder / "judges")])
+    sets += ["--extra_real", str(folder / "extra")]
     small = ["--model", "resnet18", "--image_size", "32", "--max_train_steps", "2", "--resamples", "20"]
     classify.main([*sets, "--output", str(folder / "classify" / "report.json"), *small, "--seeds", "0", "1"])
     for stage, names in (("pretrain", ["loss"]), ("finetune", ["loss", "loss_fg", "loss_bg"])):
@@ -50,9 +57,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     outputs = ["data", "pretrain", "finetune", "generated", "quality.json", "control.json", "classify"]
     entries = [
-        {"output": o, "title": f"make <{o}>", "seconds": 7, "command": f"run --o '{o}' && done"} for o in outputs
+        {"output": o, "title": f"make <{o}>", "seconds": 7, "command": f"run --o '{o}' --base assets/tiny-base && done"}
+        for o in outputs
     ]
-    write_json(folder / "commands.json", entries)
+    commits = [40 * "a", *6 * [40 * "b"]]
+    write_json(folder / "commands.json", [e | {"commit": c} for e, c in zip(entries, commits, strict=True)])
     report.main(["--run", str(folder)])
     return folder
 
@@ -66,6 +75,7 @@ class Page(HTMLParser):
         self.ids: set[str] = set()
         self.links: list[str] = []
         self.images: list[str] = []
+        self.alts: list[str] = []
         self.text = ""
         self.open: list[str] = []
         self.feed(text)
@@ -78,6 +88,7 @@ class Page(HTMLParser):
         self.ids |= {values["id"]} if "id" in values else set()
         self.links += [values["href"]] if "href" in values else []
         self.images += [values["src"]] if "src" in values else []
+        self.alts += [values["alt"]] if "alt" in values else []
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag, f"</{tag}> closes something else"
@@ -99,11 +110,12 @@ def test_page_stands_alone(folder: Path, page: Page) -> None:
     assert all(src.startswith("data:image/png;base64,") for src in page.images)
     for src in page.images:
         Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2]))).verify()
+    assert len(set(page.alts)) == len(page.images) and all(len(alt) > 20 for alt in page.alts)
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links), page.links
 
 
 def test_every_section_is_there(page: Page) -> None:
-    sections = {"benefit", "control", "quality", "samples", "conditions", "training", "commands"}
+    sections = {"benefit", "control", "quality", "samples", "conditions", "data", "training", "commands"}
     assert sections <= page.ids
 
 
@@ -137,16 +149,84 @@ def test_every_figure_is_on_the_page_and_in_the_json(folder: Path, page: Page) -
 
 
 def hidden(path: tuple[str, ...]) -> bool:
-    """Figures that the page leaves to report.json: attributes by class, and intervals of ceilings and floors."""
-    return (
-        "per_class" in path and "categories" in path or ("ceiling" in path or "floor" in path) and path[-1] != "value"
-    )
+    """Figures that the page leaves to report.json: attributes by class."""
+    return "per_class" in path and "categories" in path
 
 
 def test_every_command_is_shown_and_linked(folder: Path, page: Page) -> None:
     for entry in read_json(folder / "commands.json"):
         assert entry["command"] in page.text
         assert f"#made-{entry['output']}" in page.links
+
+
+def test_what_was_not_made_by_the_run_is_shown_and_linked(folder: Path, page: Page) -> None:
+    shipped = {entry["output"]: entry["command"] for entry in read_json(folder / "report.json")["shipped"]}
+    assert all(command in page.text for command in shipped.values())
+    judges = [str(folder / "judges" / name) for name in ("segmenter", "attributes")]
+    assert [shipped[judge] for judge in judges] == ["train the segmenter", "train the attributes"]
+    assert {f"#made-{output}" for output in (*judges, PICTURE["output"])} <= set(page.links)
+    assert shipped["assets/tiny-base/unet"] == "bash assets/build.sh"
+    assert "tiger.base autoencoder" in shipped["assets/tiny-base/autoencoder"]
+
+
+def test_cards_have_an_interval_a_comparison_and_a_link(folder: Path) -> None:
+    source = (folder / "report.html").read_text(encoding="utf-8")
+    cards = re.findall(r'<div class="card">(.*?)</div>', source)
+    assert len(cards) == 4
+    mask = read_json(folder / "control.json")["mask_iou"]
+    assert bracket(mask["generated"]) in cards[1]
+    assert f"{number(mask['floor']['value'])} with the requests of other images" in cards[1]
+    links = ["#made-classify", *3 * ["#made-control.json"]]
+    assert all(f'href="{link}"' in card for card, link in zip(cards, links, strict=True))
+
+
+def test_text_says_how_far_figures_reach(page: Page) -> None:
+    assert "resnet18 on images of 32 px, trained from scratch for 2 steps in every arm" in page.text
+    assert "mean of 2 training seeds" in page.text
+    assert "the choice of test patients, not that of the training seed" in page.text
+    assert "resnet18 on images of 32 px, trained for 1 steps on " in page.text
+    assert "Further real images are fewer than synthetic ones (FTC 6 of 12)" in page.text
+    assert "60% of benign, 60% of FTC in a batch" in page.text  # 12 of 20 and 6 of 10
+    assert "shows no image of this run" in page.text
+
+
+def test_judges_that_know_the_base_are_named(folder: Path) -> None:
+    results = read_results(folder)
+    assert results.control is not None
+    assert "not independent" not in control_section(results)
+    categories = results.control["attribute_agreement"]["categories"]
+    categories |= dict.fromkeys(("definition", "detail"), categories["location"])
+    assert "these two figures are not independent of it" in control_section(results)
+
+
+def test_classes_that_were_left_out_are_named(folder: Path) -> None:
+    results = read_results(folder)
+    assert results.quality is not None
+    assert "all classes" in quality_section(results)
+    results.quality["left_out"] = {"MTC": "1 real images of 1 patients, 9 synthetic ones"}
+    section = quality_section(results)
+    assert "all classes" not in section and "benign, FTC together" in section
+    assert "Left out, for too few images: MTC: 1 real images" in section
+
+
+def test_commits_are_those_of_the_stages(folder: Path, page: Page, tmp_path: Path) -> None:
+    assert "stages ran at different commits" in page.text
+    assert 12 * "a" in page.text and 12 * "b" in page.text
+    (tmp_path / "quality.json").write_text((folder / "quality.json").read_text())
+    write_json(tmp_path / "commands.json", read_json(folder / "commands.json")[1:])
+    report.main(["--run", str(tmp_path)])
+    assert f"code at {12 * 'b'}." in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_results_of_other_code_are_refused_in_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = read_json(folder / "quality.json")
+    del old["left_out"]
+    write_json(tmp_path / "quality.json", old)
+    assert run(report.main, ["--run", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a result lacks 'left_out'" in line
 
 
 def test_roc_curves_have_the_reported_area(folder: Path) -> None:

@@ -137,6 +137,10 @@ class Quickstart:
         self.folder = folder
         self.run_folder = folder / "run"
         (folder / "setup.sh").write_text("")
+        shutil.copytree(ROOT / "configs", folder / "configs")
+        for name in ("tiny-base", "judges"):
+            (folder / "assets" / name).mkdir(parents=True)
+            (folder / "assets" / name / "model.safetensors").write_text("weights")
         self.write("a")
 
     def write(self, argument: str) -> None:
@@ -169,6 +173,7 @@ def test_quickstart_runs_each_stage_once(quickstart: Quickstart) -> None:
     entries = json.loads((quickstart.run_folder / "commands.json").read_text())
     assert [entry["output"] for entry in entries] == ["one", "two.json", "three.json"]
     assert entries[0]["title"] == "first" and "echo first a" in entries[0]["command"] and entries[0]["seconds"] >= 0
+    assert [entry["commit"] for entry in entries] == ["", "", ""]  # outside a git checkout
 
 
 def test_quickstart_goes_on_after_a_failure(quickstart: Quickstart) -> None:
@@ -187,6 +192,48 @@ def test_quickstart_makes_anew_what_follows_a_change(quickstart: Quickstart) -> 
     assert (quickstart.run_folder / "one" / "file").read_text() == "x\n"  # not on top of what the old command made
     (quickstart.run_folder / "two.json").unlink()
     assert quickstart()[2] == ["second"]
+    entries = json.loads((quickstart.run_folder / "commands.json").read_text())
+    assert [entry["output"] for entry in entries] == ["one", "two.json", "three.json"]  # it kept its place
+
+
+@pytest.mark.parametrize("file", ["configs/finetune-tiny.yaml", "assets/judges/model.safetensors"])
+def test_quickstart_makes_anew_what_comes_of_a_changed_file(quickstart: Quickstart, file: str) -> None:
+    quickstart()
+    with open(quickstart.folder / file, "a") as changed:
+        changed.write("# changed\n")
+    assert quickstart()[2] == ["first a", "second", "third"]
+
+
+def test_quickstart_adds_up_the_seconds_of_interrupted_attempts(quickstart: Quickstart) -> None:
+    (quickstart.run_folder / "fail").touch()
+    quickstart()
+    note = quickstart.run_folder / ".stages" / "two.json"
+    inputs, seconds = note.read_text().split()
+    assert int(seconds) < 60
+    note.write_text(f"{inputs} 1000\n")
+    quickstart()  # fails again
+    (quickstart.run_folder / "fail").unlink()
+    quickstart()
+    entries = json.loads((quickstart.run_folder / "commands.json").read_text())
+    assert 1000 <= entries[1]["seconds"] < 1060
+    assert entries[0]["seconds"] < 60
+
+
+def test_quickstart_notes_the_commit_of_each_stage(quickstart: Quickstart) -> None:
+    def commit() -> str:
+        git = ["git", "-C", str(quickstart.folder), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+        return subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+
+    subprocess.run(["git", "init", "-q", str(quickstart.folder)], check=True)
+    first = commit()
+    quickstart()
+    (quickstart.run_folder / "three.json").unlink()
+    second = commit()
+    quickstart()
+    entries = json.loads((quickstart.run_folder / "commands.json").read_text())
+    assert [entry["commit"] for entry in entries] == [first, first, second]
+    assert first != second
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Make a small base model from nothing: the autoencoder and the text encoder of assets/tiny-base.
 
-    python -m tiger.base autoencoder  --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 6000
+    python -m tiger.base autoencoder  --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 6500
     python -m tiger.base text_encoder --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 700
     python -m tiger.base assemble     --output_dir runs/base/init
     python -m tiger.base export       --model runs/base/pretrain --figures runs/base/init --output_dir assets/tiny-base
@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -155,7 +156,8 @@ def train_autoencoder(args: argparse.Namespace) -> None:
     images = load_gray(data.select(split="train"))
     held_out = load_gray(data.select(split="valid"))[:256]
     torch.manual_seed(args.seed)
-    vae = new_autoencoder(images.shape[1])
+    start = args.pretrained_vae
+    vae = AutoencoderKL.from_pretrained(start) if start else new_autoencoder(images.shape[1])
     vae.to(memory_format=torch.channels_last).train()  # type: ignore[call-arg]  # diffusers' wrapper hides `self`
     perceptual, spectral = PerceptualLoss(), SpectrumLoss()
     critic = discriminator()
@@ -164,6 +166,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
     total = args.max_train_steps
     adversarial_from = round(total * args.reconstruction_share)
     started, losses, balance = time.time(), [], None
+    figures: dict[str, Any] = {}
     bar = tqdm(range(total), desc=args.command, unit="step", mininterval=5)
     for step in bar:
         adversarial = step >= adversarial_from
@@ -202,27 +205,28 @@ def train_autoencoder(args: argparse.Namespace) -> None:
             losses.append({"step": step} | {name: round(value.item(), 4) for name, value in parts.items()})
             bar.set_postfix({name: f"{value.item():.3f}" for name, value in parts.items()})
         if step % 1000 == 999 or step == total - 1:
-            save_autoencoder(vae, held_out, args, losses, time.time() - started)
+            figures = save_autoencoder(vae, held_out, args.output_dir)
+    # Last of all: assets/build.sh takes this file as the sign that the autoencoder is finished.
+    figures |= {"seconds": round(time.time() - started), "steps": total, "losses": losses}
+    write_json(args.output_dir / "autoencoder.json", {"command": command(args)} | figures)
 
 
 @torch.no_grad()
-def save_autoencoder(
-    vae: AutoencoderKL, held_out: NDArray[np.uint8], args: argparse.Namespace, losses: list[dict], seconds: float
-) -> None:
-    """Set the latent scale from held-out images, save, and write a picture and the figures beside it."""
+def save_autoencoder(vae: AutoencoderKL, held_out: NDArray[np.uint8], output_dir: Path) -> dict[str, float]:
+    """Set the latent scale from held-out images, save, draw reconstructions beside it, and return their PSNR."""
     x = torch.from_numpy(held_out.astype(np.float32) / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
     latents = torch.cat([vae.encode(part, return_dict=False)[0].mean for part in x.split(16)])
     y = torch.cat([vae.decode(part, return_dict=False)[0] for part in latents.split(16)]).clamp(-1, 1)  # type: ignore[arg-type]
-    psnr = 10 * torch.log10(4 / (x - y).square().mean((1, 2, 3))).mean().item()
     vae.register_to_config(scaling_factor=1 / latents.std().item())
-    vae.save_pretrained(args.output_dir / "vae")
+    vae.save_pretrained(output_dir / "vae")
     grid = torch.cat([torch.cat(list(images[:8, 0]), dim=1) for images in (x, y)])  # real above, reconstructed below
-    Image.fromarray(((grid + 1) * 127.5).byte().numpy()).save(args.output_dir / "reconstructions.png")
-    figures = {"psnr_db": round(psnr, 2), "seconds": round(seconds), "steps": args.max_train_steps, "losses": losses}
-    write_json(
-        args.output_dir / f"{args.command}.json",
-        {"command": shlex.join(["python", "-m", "tiger.base", *args.argv])} | figures,
-    )
+    Image.fromarray(((grid + 1) * 127.5).byte().numpy()).save(output_dir / "reconstructions.png")
+    return {"psnr_db": round((10 * torch.log10(4 / (x - y).square().mean((1, 2, 3)))).mean().item(), 2)}
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command line, to be written beside what it made."""
+    return shlex.join(["python", "-m", "tiger.base", *args.argv])
 
 
 class PromptReader(nn.Module):
@@ -306,7 +310,7 @@ def train_text_encoder(args: argparse.Namespace) -> None:
     figures = {"accuracy": accuracy, "seconds": round(time.time() - started), "losses": losses}
     write_json(
         args.output_dir / "text_encoder.json",
-        {"command": shlex.join(["python", "-m", "tiger.base", *args.argv])} | figures,
+        {"command": command(args)} | figures,
     )
 
 
@@ -414,11 +418,12 @@ def main(argv: list[str] | None = None) -> None:
     export_parser.add_argument("--model", required=True, help="folder that pretrain.sh wrote")
     export_parser.add_argument("--figures", type=Path, required=True, help="folder with the figures of the other parts")
     autoencoder = commands.choices["autoencoder"]
+    autoencoder.add_argument("--pretrained_vae", type=Path, help="go on from this autoencoder; default: from nothing")
     autoencoder.add_argument("--reconstruction_share", type=float, default=0.8, help="steps before the PatchGAN joins")
     autoencoder.add_argument("--perceptual_weight", type=float, default=0.2)
     autoencoder.add_argument("--adversarial_weight", type=float, default=0.5, help="relative to the other gradients")
-    autoencoder.add_argument("--kl_weight", type=float, default=1e-3)
-    autoencoder.add_argument("--spectrum_weight", type=float, default=0.3)
+    autoencoder.add_argument("--kl_weight", type=float, default=5e-4)
+    autoencoder.add_argument("--spectrum_weight", type=float, default=0.3, help="0: smooth reconstructions")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -147,6 +147,10 @@ def load_optimizer(optimizer: "torch.optim.Optimizer", path: str | Path) -> None
     optimizer.load_state_dict(
         {"state": state, "param_groups": [old | new for old, new in zip(current, groups, strict=True)]}
     )
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:  # laid out in memory as the parameter is, or fused kernels mix it up
+                values[name] = parameter.detach().clone().copy_(value)
 
 
 def is_plain(value: Any) -> bool:

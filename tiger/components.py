@@ -33,7 +33,7 @@ class Components:
         import torch
 
         for network in self.networks:
-            network.to(device, memory_format=torch.channels_last)
+            network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def networks(self) -> "tuple[torch.nn.Module, ...]":

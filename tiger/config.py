@@ -292,13 +292,20 @@ def git_commit() -> str | None:
 
 
 def check_resume(config: Any, saved: Path) -> None:
-    """Refuse to continue a training under a config that would change its steps.
+    """Refuse to continue a training under a config that would change its steps, or that is of another stage.
 
     `saved` is the config file that the training wrote. Raises InputError that names each difference.
     """
     import yaml
 
-    old = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    text = saved.read_text(encoding="utf-8")
+    stage, header = type(config).__name__, text.partition("\n")[0]
+    if not header.startswith(f"# {stage},"):  # as config_text writes it
+        raise InputError(
+            f"{saved}: was not written by this stage, which starts it with '# {stage}', found {header!r}: give another "
+            "--output_dir"
+        )
+    old = yaml.safe_load(text)
     new = dataclasses.asdict(config)
     matter = [name for name in new if name in old and name not in FREE_ON_RESUME]
     changed = [name for name in matter if differs(name, old[name], new[name])]

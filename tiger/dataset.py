@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from tiger import conditions
-from tiger.errors import InputError
 from tiger.files import atomic_path
-from tiger.manifest import Manifest, Row
+from tiger.manifest import Manifest, Row, row_weights
 
 SHARD_ROWS = 1024  # images a cache file
 
@@ -121,21 +119,6 @@ def mirror_text(text: str, plane: str) -> str:
     return re.sub(r"\b(" + "|".join(swaps) + r")\b", lambda match: swaps[match.group()], text)
 
 
-def row_weights(manifest: Manifest, balance: float) -> np.ndarray | None:
-    """(N,) drawing probabilities ∝ (count of the row's class)^-balance; None when all are equal."""
-    if balance == 0:
-        return None
-    unlabelled = [row.file_name for row in manifest.rows if not row.label]
-    if unlabelled:
-        raise InputError(
-            f"{manifest.path}: --class_balance needs a label in every row, and {len(unlabelled)} have none, first "
-            f"{unlabelled[0]}; add labels or give --class_balance 0"
-        )
-    counts = Counter(row.label for row in manifest.rows)
-    weights = np.array([counts[row.label] ** -balance for row in manifest.rows])
-    return weights / weights.sum()
-
-
 def batch_indices(seed: int, step: int, batch_size: int, count: int, weights: np.ndarray | None = None) -> np.ndarray:
     """(batch_size,) rows of the global batch of optimizer step `step`: a pure function of its arguments.
 
@@ -189,7 +172,7 @@ def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, noise: torch.Tenso
     """Draw latents from the VAE's posterior, in the U-Net's units: moments (B, 2C, h, w), noise -> (B, C, h, w)."""
     mean, log_variance = moments.chunk(2, dim=1)
     latents = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
-    return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config["scaling_factor"]
+    return latents * vae.config["scaling_factor"]
 
 
 class LatentCache:

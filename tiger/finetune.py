@@ -57,7 +57,13 @@ def make_stage(
 def main(argv: list[str] | None = None) -> None:
     """Train until done or stopped."""
     config = parse(FinetuneConfig, argv)
-    launch(config, make_stage, with_conditions=True, blank_nodule=config.blank_nodule)
+    launch(
+        config,
+        make_stage,
+        with_conditions=True,
+        blank_nodule=config.blank_nodule,
+        find_unused_parameters=config.update == "alternate",  # one encoder a step
+    )
 
 
 if __name__ == "__main__":

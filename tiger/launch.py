@@ -12,7 +12,7 @@ from tiger.config import TrainConfig, check_resume, config_text
 from tiger.errors import InputError
 from tiger.files import atomic_path
 from tiger.knowledge import Knowledge
-from tiger.manifest import Manifest, Row
+from tiger.manifest import Manifest, Row, row_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,31 +24,40 @@ MakeStage = Callable[[Any, Components, list[dict[str, Any]], Knowledge, "Acceler
 
 
 def launch(
-    config: TrainConfig, make_stage: MakeStage, *, with_conditions: bool = False, blank_nodule: bool = True
+    config: TrainConfig,
+    make_stage: MakeStage,
+    *,
+    with_conditions: bool = False,
+    blank_nodule: bool = True,
+    find_unused_parameters: bool = False,
 ) -> None:
     """Run one stage from its config to the finished model; nothing to do if that exists.
 
     make_stage(config, components, validation items, knowledge, accelerator) builds the stage. with_conditions: the rows
-    need masks and Sobel maps; blank_nodule: the maps are zeroed inside the masks. All that can be wrong with the input
+    need masks and Sobel maps; blank_nodule: the maps are zeroed inside the masks. find_unused_parameters: some steps
+    leave part of the model without gradients, which several processes must know. All that can be wrong with the input
     is checked before a model is loaded.
     """
     output_dir = Path(config.output_dir)
-    if is_finished(config):
-        print(f"{output_dir} holds the finished model of step {config.max_train_steps}: nothing to do")
+    check_output(config, output_dir)
+    finished_step = checkpoint.finished_step(output_dir)
+    if finished_step >= config.max_train_steps and not config.dry_run:
+        print(f"{output_dir} holds the finished model of step {finished_step}: nothing to do")
         return
     check_base(config.pretrained_model)
-    check_output(config, output_dir)
     knowledge = Knowledge.load(config.knowledge)
     train_rows, validation_rows = read_rows(config, knowledge, with_conditions)
 
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     from tiger.components import load_components
     from tiger.dataset import TigerDataset, cache_latents
     from tiger.trainer import train
 
-    accelerator = Accelerator()
+    accelerator = Accelerator(
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)]
+    )
     components = load_components(config.pretrained_model)
     resolution = components.resolution(config.resolution)
     options = {"with_conditions": with_conditions, "blank_nodule": blank_nodule}
@@ -96,16 +105,11 @@ def launch(
         print(f"saved the finished model of step {config.max_train_steps} to {output_dir}")
 
 
-def is_finished(config: TrainConfig) -> bool:
-    """Whether the output folder already holds what this command would make."""
-    return not config.dry_run and checkpoint.finished_step(config.output_dir) >= config.max_train_steps
-
-
 def check_output(config: TrainConfig, output_dir: Path) -> None:
-    """Refuse an output folder that is a file or holds a training with other settings."""
+    """Refuse an output folder that is a file or holds a training of the other stage or with other settings."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {output_dir} is a file; give a folder")
-    if checkpoint.checkpoints(output_dir) and (output_dir / "config.yaml").exists():
+    if (output_dir / "config.yaml").exists():
         check_resume(config, output_dir / "config.yaml")
 
 
@@ -121,6 +125,7 @@ def read_rows(config: TrainConfig, knowledge: Knowledge, with_conditions: bool) 
     manifest.check(Manifest(rows.path, used), conditions=with_conditions, knowledge=knowledge)
     if straddling := manifest.straddling_patients(rows.rows):
         raise InputError(f"{rows.path}: {'; '.join(straddling)}")
+    row_weights(train_rows, config.class_balance)  # raises where labels are missing
     return train_rows, shown
 
 

@@ -6,6 +6,7 @@ check(manifest, conditions=True)              # files: every bad row at once
 
 import difflib
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,10 @@ ALIASES = {
     "condition_BG": "condition_bg", "text_nd": "text_fg", "text_bd": "text_bg",
 }  # fmt: skip
 SPLIT_ALIASES = {"val": "valid", "validation": "valid"}
+# A "left transverse plane" is a transverse one; the side plays no part here.
+PLANE = re.compile(
+    r"(?:(?:left|middle|right) )?(longitudinal|transverse)(?: plane| view)?(?: (?:left|middle|right))?", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -154,28 +159,40 @@ def _parse_row(record: Any, knowledge: Knowledge | None) -> Row:
         raise _BadRow([f"must be a JSON object, found {type(record).__name__}"])
     problems: list[str] = []
     values = _canonical_columns(record, problems)
-    if "text" in values:
-        text = values.pop("text")
-        if not isinstance(text, str):
-            problems.append("text must be a text")
-        elif knowledge is None:
-            problems.append("one `text` column can only be split with a knowledge base: give text_fg and text_bg")
-        elif "text_fg" in values or "text_bg" in values:
-            problems.append("has `text` as well as text_fg or text_bg: keep one form")
-        else:
-            values["text_fg"], values["text_bg"] = knowledge.split(text)
-    for column in ("file_name", "text_fg", "text_bg"):
-        if column not in values:
-            problems.append(f"has no {column}: add it")
+    needed = ("file_name",) if "text" in values else ("file_name", "text_fg", "text_bg")
+    problems += [f"has no {column}: add it" for column in needed if column not in values]
+    if "text" in values and (problem := _split_text(values, knowledge)):
+        problems.append(problem)
     for column, value in values.items():
-        if problem := _COLUMN_CHECKS[column](value):
+        if problem := column_problem(column, value):
             problems.append(f"{column}: {problem}")
     if problems:
         raise _BadRow(problems)
     values["patient_id"] = None if values.get("patient_id") is None else str(values["patient_id"])
     values["split"] = SPLIT_ALIASES.get(values.get("split", ""), values.get("split"))
+    if plane := PLANE.fullmatch(values.get("plane", "")):
+        values["plane"] = plane[1].lower()
     values["derived_from"] = tuple(values.get("derived_from", ()))
     return Row(**values)
+
+
+def _split_text(values: dict[str, Any], knowledge: Knowledge | None) -> str | None:
+    """Put text_fg and text_bg in the place of `text`. Returns what is wrong instead."""
+    text = values.pop("text")
+    if "text_fg" in values or "text_bg" in values:
+        return "has `text` as well as text_fg or text_bg: keep one form"
+    if knowledge is None:
+        return "one `text` column can only be split with a knowledge base: give text_fg and text_bg"
+    if problem := _text_problem(text):
+        return f"text: {problem}"
+    text_fg, text_bg = knowledge.split(text)
+    if not text_fg:
+        return (
+            f"text: {text!r} names no term on the lesion that the {knowledge.organ} knowledge base knows: use its "
+            "words, choose another one by --knowledge, or give text_fg and text_bg"
+        )
+    values |= {"text_fg": text_fg, "text_bg": text_bg}
+    return None
 
 
 def _canonical_columns(record: dict[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -198,6 +215,8 @@ def _path_problem(value: Any) -> str | None:
     if not isinstance(value, str) or not value.strip():
         return f"must be a path, found {value!r}"
     path = PurePosixPath(value)
+    if not path.parts:
+        return f"{value!r} is the manifest's folder: name a file in it"
     if path.is_absolute() or "\\" in value or ":" in path.parts[0]:
         return f"{value!r} is not a relative path with forward slashes: write it relative to the manifest"
     if ".." in path.parts:
@@ -219,6 +238,12 @@ def _patient_problem(value: Any) -> str | None:
 def _split_problem(value: Any) -> str | None:
     known = (*SPLITS, *SPLIT_ALIASES)
     return None if isinstance(value, str) and value in known else f"must be one of {', '.join(SPLITS)}, found {value!r}"
+
+
+def _plane_problem(value: Any) -> str | None:
+    if isinstance(value, str) and PLANE.fullmatch(value):
+        return None
+    return f"must be longitudinal or transverse, found {value!r}: mend it or leave it out"
 
 
 def _attributes_problem(value: Any) -> str | None:
@@ -243,10 +268,15 @@ def _list_problem(value: Any) -> str | None:
 
 _COLUMN_CHECKS: dict[str, Callable[[Any], str | None]] = {
     **dict.fromkeys(FILE_COLUMNS, _path_problem),
-    **dict.fromkeys(("text_fg", "text_bg", "label", "plane", "source", "model"), _text_problem),
+    **dict.fromkeys(("text_fg", "text_bg", "label", "source", "model"), _text_problem),
     "patient_id": _patient_problem, "split": _split_problem, "attributes": _attributes_problem,
-    "synthetic": _bool_problem, "seed": _integer_problem, "derived_from": _list_problem,
+    "plane": _plane_problem, "synthetic": _bool_problem, "seed": _integer_problem, "derived_from": _list_problem,
 }  # fmt: skip
+
+
+def column_problem(column: str, value: Any) -> str | None:
+    """What is wrong with a value of a column, called by its canonical name; None if nothing is."""
+    return _COLUMN_CHECKS[column](value)
 
 
 def _raise(path: Path, problems: Sequence[str]) -> None:
@@ -304,7 +334,8 @@ def assign_splits(rows: Sequence[Row], fractions: dict[str, float], seed: int) -
     """Give every row a split, whole patients at a time, each label in about the same proportions.
 
     A row without patient_id is a patient of its own. A patient with several labels counts under the rarest of them.
-    Synthetic rows go to train. The result depends on the patients and the seed, not on the order of the rows.
+    Synthetic rows go to train. The result depends on the patients and the seed, not on the order of the rows. Where a
+    label has too few patients for every split, test is served before valid.
 
     Args:
         fractions: split -> share of the patients, adding up to 1.
@@ -322,9 +353,27 @@ def assign_splits(rows: Sequence[Row], fractions: dict[str, float], seed: int) -
     for label, members in sorted(strata.items()):
         order = np.random.default_rng((seed, *label.encode())).permutation(len(members))
         ends = np.rint(np.cumsum(list(fractions.values())) * len(members)).astype(int)
-        for place, index in enumerate(order):
-            split_of[members[index]] = list(fractions)[int(np.searchsorted(ends, place, side="right"))]
+        counts = dict(zip(fractions, np.diff(ends, prepend=0), strict=True))
+        if fractions.get("test") and not counts["test"]:
+            counts["test"], counts["valid"] = counts.get("valid", 0), 0
+        given = (split for split, count in counts.items() for _ in range(count))
+        split_of |= {members[index]: split for index, split in zip(order, given, strict=True)}
     return tuple(replace(row, split="train" if row.synthetic else split_of[_unit(row)]) for row in rows)
+
+
+def row_weights(manifest: Manifest, balance: float) -> np.ndarray | None:
+    """(N,) drawing probabilities ∝ (count of the row's class)^-balance; None when all are equal."""
+    if balance == 0:
+        return None
+    unlabelled = [row.file_name for row in manifest.rows if not row.label]
+    if unlabelled:
+        raise InputError(
+            f"{manifest.path}: --class_balance needs a label in every row, and {len(unlabelled)} have none, first "
+            f"{unlabelled[0]}; add labels or give --class_balance 0"
+        )
+    counts = Counter(row.label for row in manifest.rows)
+    weights = np.array([counts[row.label] ** -balance for row in manifest.rows])
+    return weights / weights.sum()
 
 
 def _unit(row: Row) -> str:

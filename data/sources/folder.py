@@ -19,7 +19,7 @@ from data.sources.writer import write_case, write_png
 from tiger.conditions import read_gray, read_mask, resize_mask
 from tiger.errors import InputError
 from tiger.knowledge import Knowledge
-from tiger.manifest import Row
+from tiger.manifest import Row, column_problem
 
 TABLE = "metadata.csv"
 COLUMNS = {"file_name", "text", "text_fg", "text_bg", "label", "patient_id", "split", "plane"}
@@ -36,6 +36,7 @@ def build(input_dir: Path, output_dir: Path, size: int | None, knowledge: Knowle
     stems: dict[str, str] = {}
     for number, record in tqdm(list(enumerate(read_table(input_dir), 2)), desc="folder", unit="image"):
         try:
+            check_columns(record, input_dir)
             stem = Path(record["file_name"]).stem
             if stem in stems:
                 raise InputError(f"{record['file_name']} has the stem of {stems[stem]}: rename one")
@@ -65,6 +66,16 @@ def read_table(input_dir: Path) -> list[dict[str, str]]:
     return [{key: value.strip() for key, value in line.items() if key and value and value.strip()} for line in lines]
 
 
+def check_columns(record: dict[str, str], input_dir: Path) -> None:
+    """Raise InputError where a cell is nothing that a manifest may hold."""
+    name = Path(record.get("file_name", ""))
+    if not name.name or name.is_absolute() or ".." in name.parts:
+        raise InputError(f"file_name {record.get('file_name', '')!r} must be a path inside {input_dir}")
+    for column in ("split", "plane"):
+        if column in record and (problem := column_problem(column, record[column])):
+            raise InputError(f"{name}: {column}: {problem}")
+
+
 def by_stem(folder: Path) -> dict[str, Path]:
     """Stem → file of a folder that may be missing."""
     return {path.stem: path for path in sorted(folder.glob("*")) if path.is_file()}
@@ -75,9 +86,7 @@ def build_row(
     mask: Path | None, organ: Path | None,
 ) -> Row:  # fmt: skip
     """Write the files of one table line and return its row."""
-    name = record.get("file_name", "")
-    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"file_name {name!r} must be a path inside {input_dir}")
+    name = record["file_name"]
     texts, attributes, label = prompts(record, knowledge)
     columns = write_case(
         output_dir, Path(name).stem, read_gray(input_dir / name), None if mask is None else read_mask(mask), size
