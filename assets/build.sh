@@ -13,13 +13,13 @@ bash setup.sh
 python=.venv/bin/python
 
 $python -m data.prepare phantom --output_dir "$work/data" --count 16000 --seed 11 --preset common
-if [[ ! -f $work/plain/autoencoder.json ]]; then
-    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/plain" --max_train_steps 6500 \
+if [[ ! -f $work/plain/autoencoder.json ]]; then # structure first: with the loss on grain from the start it suffers
+    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/plain" --max_train_steps 4500 \
         --spectrum_weight 0
 fi
-if [[ ! -f $work/init/autoencoder.json ]]; then # structure first, then grain: both from the start cost structure
-    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 1400 \
-        --pretrained_vae "$work/plain/vae" --learning_rate 6e-4
+if [[ ! -f $work/init/autoencoder.json ]]; then # then grain, by the decoder alone
+    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 2800 \
+        --pretrained_vae "$work/plain/vae" --reconstruction_share 0 --adversarial_weight 0.2
 fi
 if [[ ! -f $work/init/text_encoder.json ]]; then
     $python -m tiger.base text_encoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 700
@@ -33,7 +33,7 @@ $python -m tiger.base export --model "$work/pretrain" --figures "$work/init" --o
 
 $python -m data.prepare phantom --output_dir "$work/judges" --count 6000 --seed 12 --preset truth
 if [[ ! -f $work/segmenter/metrics.json ]]; then
-    $python -m eval.segment train --data_dir "$work/judges" --output_dir "$work/segmenter" --max_train_steps 1500
+    $python -m eval.segment train --data_dir "$work/judges" --output_dir "$work/segmenter" --max_train_steps 2500
 fi
 if [[ ! -f $work/attributes/metrics.json ]]; then
     $python -m eval.attributes train --data_dir "$work/judges" --output_dir "$work/attributes" --max_train_steps 5000

@@ -1,6 +1,6 @@
 """Make a small base model from nothing: the autoencoder and the text encoder of assets/tiny-base.
 
-    python -m tiger.base autoencoder  --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 6500
+    python -m tiger.base autoencoder  --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 4500
     python -m tiger.base text_encoder --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 700
     python -m tiger.base assemble     --output_dir runs/base/init
     python -m tiger.base export       --model runs/base/pretrain --figures runs/base/init --output_dir assets/tiny-base
@@ -109,7 +109,9 @@ class SpectrumLoss(nn.Module):
         return torch.log(F.avg_pool2d(power, 5, 3) + 1e-4)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return (self.spectrum(x) - self.spectrum(y)).abs().mean()
+        """In each window, and on the average of an image, where small errors of one sign add up."""
+        difference = self.spectrum(x) - self.spectrum(y)
+        return difference.abs().mean() + difference.mean((2, 3)).abs().mean()
 
 
 def discriminator(width: int = 32) -> nn.Module:
