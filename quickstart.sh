@@ -25,21 +25,21 @@ stages() {
         python -m data.prepare phantom --output_dir "$R/extra" --preset balanced --count 600 --seed 4 # 15 s
     stage pretrain "coarse training: the U-Net learns the data's prompts" \
         bash pretrain.sh --config configs/pretrain-tiny.yaml --data_dir "$R/data" --pretrained_model assets/tiny-base \
-        --output_dir "$R/pretrain" --seed 0 # 120 s
+        --output_dir "$R/pretrain" --seed 0 # 130 s
     stage finetune "fine training: both control encoders and their fusion" \
         bash finetune.sh --config configs/finetune-tiny.yaml --data_dir "$R/data" --pretrained_model "$R/pretrain" \
-        --output_dir "$R/finetune" --seed 0 # 200 s
+        --output_dir "$R/finetune" --seed 0 # 240 s
     stage generated "synthesis" \
         python generation.py --model "$R/finetune" --data_dir "$R/data" --output_dir "$R/generated" \
         --count benign=150,PTC=150,FTC=150,MTC=150 --steps 16 --scheduler dpmsolver++ --guidance_scale 2 \
-        --batch_size 25 --seed 0 # 110 s
+        --batch_size 25 --seed 0 # 90 s
     stage quality.json "image quality" \
         python -m eval.quality --real "$R/data" --fake "$R/generated" --output "$R/quality.json" # 25 s
     stage control.json "control: masks, maps and prompts against what the images show" \
         python -m eval.control --real "$R/data" --fake "$R/generated" --output "$R/control.json" # 15 s
     stage classify "benefit: classifiers trained with and without synthetic images" \
         python -m eval.classify --real "$R/data" --fake "$R/generated" --extra_real "$R/extra" \
-        --output "$R/classify/report.json" --model resnet18 --image_size 64 --max_train_steps 350 # 270 s
+        --output "$R/classify/report.json" --model resnet18 --image_size 64 --max_train_steps 400 # 240 s
     stage report.html "report" \
         python -m eval.report --run "$R"
 }
