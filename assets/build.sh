@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make assets/tiny-base and assets/judges from nothing: about two hours on two CPU cores. Safe to run again: it resumes.
+# Make assets/tiny-base and assets/judges from nothing: two to three hours on two CPU cores. Safe to run again: it resumes.
 #
 #   bash assets/build.sh            # work in runs/base, results in assets/
 #

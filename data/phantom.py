@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from tiger.conditions import sobel_map
 from tiger.errors import InputError
-from tiger.files import atomic_path, read_json, write_json
+from tiger.files import atomic_path, changed_settings, write_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import FILE_NAME, Manifest, Row, write
 
@@ -629,16 +629,14 @@ def write_dataset(
 
 def check_settings(output_dir: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder that holds another data set than the one that `settings` make."""
-    old: dict[str, Any] = {}
-    if (output_dir / SETTINGS).exists():
-        old = read_json(output_dir / SETTINGS)
-    elif any((output_dir / name).exists() for name in (FILE_NAME, *FOLDERS)):
+    held = any((output_dir / name).exists() for name in (FILE_NAME, *FOLDERS))
+    if held and not (output_dir / SETTINGS).exists():
         raise InputError(
             f"--output_dir {output_dir}: holds a data set without {SETTINGS}, so what it was made with is not known; "
             "give another folder"
         )
-    if changed := [name for name in old if old[name] != settings.get(name)]:
-        differences = ", ".join(f"--{name} was {old[name]}, is {settings.get(name)}" for name in changed)
+    if changed := changed_settings(output_dir / SETTINGS, settings):
+        differences = ", ".join(f"--{change}" for change in changed)
         raise InputError(
             f"--output_dir {output_dir}: holds a phantom made with other settings: {differences}; give the old values "
             "to resume, or another folder"

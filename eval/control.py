@@ -20,7 +20,16 @@ import numpy as np
 
 from eval import statistics
 from eval.attributes import encode
-from eval.images import group_of, load_images, load_masks, name_rows, patients_of, read_split, require_column
+from eval.images import (
+    group_of,
+    load_images,
+    load_masks,
+    name_rows,
+    patients_of,
+    read_split,
+    require_column,
+    select_split,
+)
 from eval.judges import (
     AttributeNet,
     Segmenter,
@@ -215,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     segmenter = load_segmenter(Path(args.judges) / "segmenter")
     attribute_net = load_attribute_net(Path(args.judges) / "attributes")
     fake, every = read_split(args.fake, None, synthetic=True), read_split(args.real, None, synthetic=False)
-    real, patient_of = read_split(args.real, args.split, synthetic=False), patients_of(every.rows)
+    real, patient_of = select_split(every, args.split), patients_of(every.rows)
     if len(fake.rows) < 2:
         raise InputError(f"{fake.path}: at least two generated images are needed")
     labels = {row.label for row in fake.rows} & {row.label for row in real.rows}

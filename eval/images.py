@@ -22,9 +22,14 @@ def read_split(data_dir: str | Path, split: str | None, *, synthetic: bool | Non
     if not kind.rows:
         found = "no row is marked synthetic; give what generation.py wrote" if synthetic else "every row is synthetic"
         raise InputError(f"{rows.path}: {found}")
-    chosen = kind.select(split=split)
+    return kind if split is None else select_split(kind, split)
+
+
+def select_split(rows: Manifest, split: str) -> Manifest:
+    """The rows of one split. Raises InputError where there are none."""
+    chosen = rows.select(split=split)
     if not chosen.rows:
-        found = ", ".join(sorted({str(row.split) for row in kind.rows}))
+        found = ", ".join(sorted({str(row.split) for row in rows.rows}))
         raise InputError(
             f"{rows.path}: no row with split '{split}' (found: {found}); run `python -m data.prepare split`"
         )

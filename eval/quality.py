@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from eval import statistics
 from eval.features import DEFAULT, RESIZE, default_cache, features_of, load_extractor
-from eval.images import group_of, patients_of, read_split
+from eval.images import group_of, patients_of, read_split, select_split
 from eval.similarity import VARIANT as SSIM_VARIANT
 from eval.similarity import ssim_report
 from tiger.errors import InputError, run
@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     every = read_split(args.real, None, synthetic=False)
     train = every.select(split="train")
-    real = every if args.split == "all" else read_split(args.real, args.split, synthetic=False)
+    real = every if args.split == "all" else select_split(every, args.split)
     fake = read_split(args.fake, None, synthetic=True)
     sets, left_out = class_sets(real, fake, patients_of(every.rows))
     for label, one in left_out.items():

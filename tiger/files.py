@@ -53,3 +53,9 @@ def _finite(value: Any) -> Any:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def changed_settings(path: str | Path, settings: dict[str, Any]) -> list[str]:
+    """`name was old, is new` for each setting that differs from those in `path`; none where there is no such file."""
+    old = read_json(path) if Path(path).exists() else settings
+    return [f"{name} was {old.get(name)}, is {value}" for name, value in settings.items() if old.get(name) != value]

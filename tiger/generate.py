@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tiger import conditions, manifest
 from tiger.config import GenerationConfig, parse
 from tiger.errors import InputError, run
-from tiger.files import atomic_path, read_json, write_json
+from tiger.files import atomic_path, changed_settings, read_json, write_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row
 
@@ -388,11 +388,7 @@ def fingerprint(model: str) -> str:
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse to mix images of other settings into a folder."""
-    if not (folder / SETTINGS).exists():
-        return
-    old = read_json(folder / SETTINGS)
-    changed = [f"{name} was {old.get(name)}, is {value}" for name, value in settings.items() if old.get(name) != value]
-    if changed:
+    if changed := changed_settings(folder / SETTINGS, settings):
         raise InputError(
             f"{folder} holds images made with other settings: {'; '.join(changed)}. Give the old values to continue, "
             "or another --output_dir"
