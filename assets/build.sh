@@ -14,11 +14,11 @@ python=.venv/bin/python
 
 $python -m data.prepare phantom --output_dir "$work/data" --count 16000 --seed 11 --preset common
 if [[ ! -f $work/plain/autoencoder.json ]]; then # structure first: with the loss on grain from the start it suffers
-    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/plain" --max_train_steps 4500 \
+    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/plain" --max_train_steps 6000 \
         --spectrum_weight 0
 fi
 if [[ ! -f $work/init/autoencoder.json ]]; then # then grain, by the decoder alone
-    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 2800 \
+    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 2400 \
         --pretrained_vae "$work/plain/vae" --reconstruction_share 0 --adversarial_weight 0.2
 fi
 if [[ ! -f $work/init/text_encoder.json ]]; then

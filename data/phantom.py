@@ -224,11 +224,11 @@ def nodule_outline(attributes: Attributes, rng: np.random.Generator) -> Array:
     angle = np.linspace(0, 2 * np.pi, 180, endpoint=False, dtype=np.float32)
     r = 1 + 0.02 * np.sin(2 * angle + rng.uniform(0, 6.28))
     if attributes["shape"] == "irregular shape":  # a few deep lobes
-        for order, size in ((2, 0.07), (3, 0.13), (4, 0.09), (5, 0.06)):
+        for order, size in ((2, 0.1), (3, 0.21), (4, 0.13)):
             r += size * rng.uniform(0.7, 1.3) * np.sin(order * angle + rng.uniform(0, 6.28))
     if attributes["margin"] == "irregular margin":  # spicules and micro-lobules
-        for order in (9, 13, 17):
-            r += 0.045 * np.sin(order * angle + rng.uniform(0, 6.28))
+        for order in (7, 9, 12):
+            r += 0.08 * np.sin(order * angle + rng.uniform(0, 6.28))
     if attributes["margin"] == "extracapsular":  # tongues of tissue that leave the outline
         for centre in rng.uniform(0, 6.28) + np.cumsum(rng.uniform(1.1, 2.0, int(rng.integers(3, 5)))):
             offset = (angle - centre + np.pi) % (2 * np.pi) - np.pi
@@ -300,7 +300,9 @@ def _fascia(tissue: _Tissue, height: Array, amplitude: float, width_px: float, r
     tissue.level += 24 * sheet  # a tissue boundary is also a layer of strong scatterers
 
 
-def _paint_neck(n: int, lobe: NDArray[np.uint8], plane: str, side: float, rng: np.random.Generator) -> _Tissue:
+def _paint_neck(
+    n: int, lobe: NDArray[np.uint8], lobe_level: float, plane: str, side: float, rng: np.random.Generator
+) -> _Tissue:
     """Skin, fat, strap muscles, lobe, carotid, trachea and deep muscles of an (n, n) image."""
     y, x = np.mgrid[0:n, 0:n].astype(np.float32) / n
     wave = 0.014 * np.sin(2 * np.pi * (x * rng.uniform(0.5, 1.2) + rng.random()))
@@ -328,7 +330,7 @@ def _paint_neck(n: int, lobe: NDArray[np.uint8], plane: str, side: float, rng: n
         _paint_trachea(tissue, x, y, 0.5 + side * rng.uniform(0.4, 0.47), rng)
         _paint_carotid(tissue, x, y, 0.5 - side * rng.uniform(0.37, 0.43), rng)
     inside = _sigmoid(distance / 0.8)
-    tissue.blend(inside, THYROID + rng.uniform(-2, 2) + 1.4 * _smooth_noise(rng, n, n / 18, n / 20))
+    tissue.blend(inside, lobe_level + 1.4 * _smooth_noise(rng, n, n / 18, n / 20))
     tissue.loss *= 1 - inside
     tissue.specular *= 1 - inside
     facing_probe = np.clip(
@@ -366,17 +368,19 @@ def _paint_carotid(tissue: _Tissue, x: Array, y: Array, centre_x: float, rng: np
     tissue.loss -= 0.16 * lumen * np.float32(192 / n)
 
 
-_LEVEL = {"hyperechoic": 6.0, "isoechoic": -2.5, "hypoechoic": -9.0, "markedly hypoechoic": -19.0}
+_LEVEL = {"hyperechoic": 6.5, "isoechoic": -5.0, "hypoechoic": -11.0, "markedly hypoechoic": -19.0}  # dB to the lobe
 
 
-def _paint_nodule(tissue: _Tissue, mask: NDArray[np.uint8], attributes: Attributes, rng: np.random.Generator) -> None:
+def _paint_nodule(
+    tissue: _Tissue, mask: NDArray[np.uint8], lobe_level: float, attributes: Attributes, rng: np.random.Generator
+) -> None:
     n = mask.shape[0]
     scale = n / 192
     distance = _signed_distance(mask)
-    _paint_halo(tissue, distance, attributes["halo"], rng)
-    width = {"unclear": 3.6, "clear": 0.5}.get(attributes["margin"], 0.9) * scale
+    _paint_halo(tissue, distance, lobe_level, attributes["halo"], rng)
+    width = {"unclear": 4.5, "clear": 0.5}.get(attributes["margin"], 0.9) * scale
     soft = _sigmoid(distance / width)
-    level = np.full((n, n), THYROID + _LEVEL[attributes["echogenicity"]], np.float32)
+    level = np.full((n, n), lobe_level + _LEVEL[attributes["echogenicity"]], np.float32)
     if attributes["echotexture"] == "heterogeneous":
         level += 5.0 * _smooth_noise(rng, n, 5 * scale, 4 * scale)
     fluid = _fluid(distance, attributes["composition"], rng)
@@ -385,7 +389,7 @@ def _paint_nodule(tissue: _Tissue, mask: NDArray[np.uint8], attributes: Attribut
     tissue.specular *= 1 - soft  # a nodule that crosses the capsule interrupts its line
     tissue.loss -= 0.12 * fluid * soft / scale  # fluid attenuates less than the gain compensates: enhancement
     if attributes["margin"] == "clear":
-        tissue.level += 6 * np.exp(-(((distance + 0.6 * scale) / (0.9 * scale)) ** 2))
+        tissue.level += 8 * np.exp(-(((distance + 0.6 * scale) / (1.2 * scale)) ** 2))
     _paint_calcification(tissue, distance, attributes["calcification"], rng)
 
 
@@ -407,7 +411,7 @@ def _fluid(distance: Array, composition: str, rng: np.random.Generator) -> Array
     return np.zeros_like(distance)
 
 
-def _paint_halo(tissue: _Tissue, distance: Array, halo: str, rng: np.random.Generator) -> None:
+def _paint_halo(tissue: _Tissue, distance: Array, lobe_level: float, halo: str, rng: np.random.Generator) -> None:
     """A dark ring just outside the nodule."""
     if halo == "no halo":
         return
@@ -418,13 +422,13 @@ def _paint_halo(tissue: _Tissue, distance: Array, halo: str, rng: np.random.Gene
     angle = np.arctan2(y - ys.mean(), x - xs.mean())
     phase = rng.uniform(0, 6.28)
     if halo == "intermittent halo":
-        thickness = np.full_like(distance, 2.6 * scale)
+        thickness = np.full_like(distance, 3.6 * scale)
         present = _sigmoid((np.sin(4 * angle + phase) + 0.25) * 8)
     else:
         thickness = (6.2 + 2.4 * np.sin(2 * angle + phase) + 1.2 * np.sin(5 * angle)) * scale
         present = np.ones_like(distance)
     ring = _sigmoid((distance + thickness) / 0.6) * _sigmoid((2.0 * scale - distance) / 0.6)
-    tissue.blend(np.asarray(ring * present, np.float32), THYROID - 17)
+    tissue.blend(np.asarray(ring * present, np.float32), lobe_level - 17)
 
 
 def _paint_calcification(tissue: _Tissue, distance: Array, kind: str, rng: np.random.Generator) -> None:
@@ -496,8 +500,9 @@ def render(attributes: Attributes, rng: np.random.Generator, size: int = 128) ->
     outline = _place(outline, thyroid_outline, attributes, rng)
     nodule, thyroid = _fill(outline, n), _fill(thyroid_outline, n)
 
-    tissue = _paint_neck(n, thyroid, plane, side, rng)
-    _paint_nodule(tissue, nodule, attributes, rng)
+    lobe_level = THYROID + rng.uniform(-2, 2)
+    tissue = _paint_neck(n, thyroid, lobe_level, plane, side, rng)
+    _paint_nodule(tissue, nodule, lobe_level, attributes, rng)
     attenuation = np.cumsum(tissue.loss, axis=0)
     attenuation = cv2.blur(attenuation, (3, 1))
     level = tissue.level - attenuation

@@ -1,6 +1,6 @@
 """Make a small base model from nothing: the autoencoder and the text encoder of assets/tiny-base.
 
-    python -m tiger.base autoencoder  --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 4500
+    python -m tiger.base autoencoder  --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 6000
     python -m tiger.base autoencoder  ... --pretrained_vae V --reconstruction_share 0     # go on with the decoder alone
     python -m tiger.base text_encoder --data_dir runs/base/data --output_dir runs/base/init --max_train_steps 700
     python -m tiger.base assemble     --output_dir runs/base/init
