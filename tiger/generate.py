@@ -163,10 +163,12 @@ class Planner:
         return attributes
 
     def _background(self, attributes: Mapping[str, str], rng: np.random.Generator) -> Row:
-        """A map of a common class in the same plane, whose own nodule lay where the new one will, if there are such."""
+        """A map of a common class, as far as there are such: in the same plane, whose own nodule lay where the new one
+        will and was as large. A smaller organ would not hold the new nodule, which would have to shrink."""
         rows = [row for row in self.backgrounds if direction(row) == attributes.get("direction")] or self.backgrounds
-        same_place = [row for row in rows if row.attributes.get("location") == attributes.get("location")]
-        return pick(same_place or rows, rng)
+        for trait in ("location", "diameter"):
+            rows = [row for row in rows if row.attributes.get(trait) == attributes.get(trait)] or rows
+        return pick(rows, rng)
 
     def _mask(self, attributes: Mapping[str, str], rng: np.random.Generator) -> Row:
         """A mask of a nodule of any class with the size and outline that the prompt states, or those closest to it."""
