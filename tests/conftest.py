@@ -116,3 +116,8 @@ def tokenizer() -> CLIPTokenizer:
 def text_encoder() -> CLIPTextModel:
     """See make_text_encoder."""
     return make_text_encoder()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """See tests/test_golden.py."""
+    parser.addoption("--golden-write", action="store_true", help="write tests/golden.json anew")

@@ -57,7 +57,7 @@ def test_rotation_keeps_the_highest_steps(tmp_path):
     for step in (9, 10, 100):
         checkpoint.save(tmp_path, step, write("x"))
     (tmp_path / ".checkpoint-11.abc").mkdir()  # what a killed save leaves
-    checkpoint.rotate(tmp_path, 2)
+    checkpoint.rotate(tmp_path, 2, newest=100)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
 
 

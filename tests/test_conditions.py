@@ -194,3 +194,82 @@ def test_vary_mask_changes_the_outline_but_not_much():
     tiny = np.zeros((128, 128), np.uint8)
     tiny[5, 5] = 255
     assert np.count_nonzero(vary_mask(tiny, rng)) == 1
+
+
+def random_organ(rng: np.random.Generator) -> np.ndarray:
+    """One or two overlapping ellipses, anywhere in a 96 px frame."""
+    organ = np.zeros((96, 96), np.uint8)
+    x, y = (int(v) for v in rng.integers(32, 64, 2))
+    for _ in range(int(rng.integers(1, 3))):
+        axes = int(rng.integers(18, 30)), int(rng.integers(10, 22))
+        organ |= ellipse(96, (x + int(rng.integers(-6, 7)), y), axes, rng.uniform(-20, 20))
+    return organ
+
+
+@pytest.mark.parametrize(
+    ("parts", "axis"),
+    [(POLES, {"longitudinal": "horizontal", "transverse": "horizontal"}),
+     (("upper zone", "lower zone"), {"longitudinal": "vertical", "transverse": "horizontal"})],
+)  # fmt: skip
+def test_place_and_overlap_hold_for_random_organs_and_nodules(parts: tuple[str, ...], axis: dict[str, str]):
+    rng = np.random.default_rng(5)
+    for draw in range(2000):
+        organ = random_organ(rng)
+        size = (int(rng.integers(1, 14)), int(rng.integers(1, 14)))
+        nodule = ellipse(96, (48, 48), size, rng.uniform(0, 180))
+        plane = ("longitudinal", "transverse")[draw % 2]
+        location = (*parts, None)[int(rng.integers(len(parts) + 1))]
+        placed = conditions.place_mask(nodule, organ, location, plane, rng, parts, axis)
+        along, low, high = pole_bounds(organ, location, plane, parts, axis)
+        assert low <= centroid(placed)[along] < high
+        assert np.count_nonzero(placed & organ) >= 0.75 * np.count_nonzero(placed) > 0 or max(size) <= 4
+        assert along == (1 if axis[plane] == "vertical" and location else 0) or location is None
+        try:
+            extended = extend_mask(placed, organ, rng, 512)
+        except InputError:
+            continue  # a speck beside the organ
+        columns = np.flatnonzero(extended.any(0) & organ.any(0))
+        rise = (np.argmax(organ[:, columns] > 0, axis=0) - np.argmax(extended[:, columns] > 0, axis=0)).max()
+        assert 1 <= rise <= 10 or extended[0].any()  # the image ends above
+        assert np.array_equal(extended.any(0), placed.any(0))  # the same third
+
+
+def test_parts_of_an_organ_are_equal_and_in_order():
+    organ = np.zeros((100, 60), np.uint8)
+    organ[10:90, 5:55] = 255
+    bounds = [pole_bounds(organ, part, None, "abcd", {"longitudinal": "vertical"}) for part in "abcd"]
+    assert bounds == [(1, 10, 30), (1, 30, 50), (1, 50, 70), (1, 70, 90)]
+    assert pole_bounds(organ, None, "oblique", (), {}) == (0, 5, 55)  # an organ without parts
+    with pytest.raises(InputError, match="location 'e' is not one of a, b, c, d"):
+        pole_bounds(organ, "e", None, "abcd", {"longitudinal": "vertical"})
+
+
+def test_boundary_map_draws_around_the_mask():
+    image, mask = np.full((64, 64), 90, np.uint8), ellipse(64, (30, 30), (12, 8))
+    edges = conditions.boundary_map(image, mask)
+    assert set(np.unique(edges)) == {0, 255}
+    assert not edges[mask > 0].any()
+    assert np.array_equal(conditions.blank_nodule(edges, mask), edges)
+    filled = np.asarray(cv2.morphologyEx(edges | mask, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8)))
+    assert cv2.connectedComponents(255 - filled)[0] == 2  # a closed line: outside is one piece
+    assert np.count_nonzero(edges) == pytest.approx(2 * np.pi * 10, rel=0.4)
+    with pytest.raises(InputError, match="make them agree"):
+        conditions.boundary_map(image, mask[:32])
+
+
+@pytest.mark.parametrize("area", [60, 400, 4000])
+def test_scaled_mask_has_the_area_and_the_proportions(area):
+    mask = np.zeros((128, 128), np.uint8)
+    cv2.ellipse(mask, (30, 90), (20, 10), 0, 0, 360, 255, -1)
+    scaled = conditions.scale_mask(mask, area)
+    assert scaled.shape == mask.shape and set(np.unique(scaled)) == {0, 255}
+    assert np.count_nonzero(scaled) == pytest.approx(area, rel=0.15)
+    y, x = np.nonzero(scaled)
+    assert np.ptp(x) / np.ptp(y) == pytest.approx(2, rel=0.25)
+
+
+def test_scaled_mask_stays_in_the_image():
+    mask = np.zeros((64, 64), np.uint8)
+    mask[10:20, 10:50] = 255
+    scaled = conditions.scale_mask(mask, 64 * 64)
+    assert scaled.shape == (64, 64) and scaled.any()

@@ -8,6 +8,7 @@ import torch
 from conftest import make_vae
 from training_samples import SIDE, save_data
 
+from tiger import dataset as dataset_module
 from tiger import manifest
 from tiger.dataset import (
     StepSampler,
@@ -174,6 +175,67 @@ def test_each_process_encodes_its_share(rows, tmp_path):
 
     cache = encode(first, 0, wait=other_process)
     assert first.count + second.count == len(cache) == 12 and first.count and second.count
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(rows, tmp_path, monkeypatch):
+    """Files hold four images each here; the third is interrupted."""
+    monkeypatch.setattr(dataset_module, "SHARD_ROWS", 4)
+    interrupted = CountingVae()
+    encode = interrupted.vae.encode
+
+    def interruptible(images):
+        if interrupted.count >= 8:
+            raise KeyboardInterrupt
+        return encode(images)
+
+    interrupted.vae.encode = interruptible  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(interrupted.vae, TigerDataset(rows, SIDE), tmp_path, batch_size=2)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    resumed = CountingVae()
+    cache = cache_latents(resumed.vae, TigerDataset(rows, SIDE), tmp_path, batch_size=2)
+    assert resumed.count == 4 and len(cache) == 12
+    whole = cache_latents(make_vae(4), TigerDataset(rows, SIDE), tmp_path / "other", batch_size=2)
+    assert all(torch.equal(cache[index], whole[index]) for index in range(12))
+
+
+def test_memory_is_bounded_while_encoding_and_reading(rows, tmp_path, monkeypatch):
+    """At most one file's images are held while encoding, and none while reading: they stay in the mapped files."""
+    monkeypatch.setattr(dataset_module, "SHARD_ROWS", 4)
+    saved: list[int] = []
+    save = dataset_module.save_file
+
+    def recording(tensors, *args, **options):
+        saved.append(len(tensors["moments"]))
+        save(tensors, *args, **options)
+
+    monkeypatch.setattr(dataset_module, "save_file", recording)
+    cache = cache_latents(make_vae(4), TigerDataset(rows, SIDE), tmp_path)
+    assert saved == [4, 4, 4]
+    for index in range(12):
+        cache[index]
+    assert len(cache.files) == 3 and not any(isinstance(value, torch.Tensor) for value in vars(cache).values())
+    assert not any(isinstance(file, torch.Tensor) for file in cache.files.values())
+
+
+def test_mirrored_images_are_variants_of_their_own_in_the_cache(rows, tmp_path):
+    plain, both = TigerDataset(rows, SIDE), TigerDataset(rows, SIDE, random_flip=True)
+    cache_latents(make_vae(4), plain, tmp_path)
+    counting = CountingVae()
+    cache = cache_latents(counting.vae, both, tmp_path)
+    assert counting.count == 12 and len(cache) == 24  # only the mirrored half was new
+    both.latents = cache
+    mirrored = make_vae(4).encode(plain[3]["image"].flip(-1)[None]).latent_dist.parameters[0]
+    assert torch.allclose(both[3 + 12]["moments"], mirrored, atol=2e-3)
+    assert not torch.allclose(both[3]["moments"], mirrored, atol=2e-3)
+
+
+def test_moments_are_kept_so_that_sampling_stays_random(rows, tmp_path):
+    vae = make_vae(4)
+    cache = cache_latents(vae, TigerDataset(rows, SIDE), tmp_path)
+    moments = cache[0][None]
+    draws = [sample_latents(vae, moments, torch.randn(1, 4, 8, 8)) for _ in range(2)]
+    assert moments.shape == (1, 8, 8, 8) and not torch.equal(*draws)
 
 
 def test_sampled_latents_have_the_posteriors_mean_and_spread():

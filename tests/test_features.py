@@ -1,5 +1,6 @@
 """Feature extractors: the weights are ImageNet's, the resize is named, the cache follows the content."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,13 @@ import pytest
 import skimage.data
 import timm
 import torch
+import transformers
 from eval_samples import write_dataset
 from PIL import Image
+from safetensors.torch import save_file
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from eval import features
+from eval import classifier, features, judges
 from tiger.errors import InputError
 
 
@@ -60,6 +64,8 @@ def test_cache_follows_content_and_extractor(tmp_path: Path) -> None:
 
     class Counting:
         calls = 0
+        resize = "none"
+        head = None
 
         def __init__(self, name: str):
             self.name = name
@@ -97,11 +103,172 @@ def test_local_checkpoint_of_torchvision(tmp_path: Path) -> None:
     np.testing.assert_allclose(extractor([picture]), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_features_head_gives_the_nets_own_probabilities(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = timm.create_model("resnet18", num_classes=7).eval()
+    torch.save(net.state_dict(), tmp_path / "resnet18.pth")
+    extractor = features.load_extractor("resnet18", tmp_path / "resnet18.pth")
+    picture = np.random.default_rng(0).integers(0, 255, (1, 32, 32)).astype(np.uint8)
+    with torch.inference_mode():
+        expected = net(extractor.prepare(picture)).softmax(1).numpy()
+    assert extractor.head is not None
+    found = features.probabilities(extractor(picture), extractor.head)
+    assert found.shape == (1, 7)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_positions_are_those_of_an_early_layer(lite0: features.Extractor) -> None:
+    """What is far from a changed corner does not change there."""
+    picture = np.random.default_rng(0).integers(0, 255, (224, 224)).astype(np.uint8)
+    other = picture.copy()
+    other[:32, :32] = 0
+    before, after = (found.reshape(112, 112, 16) for found in lite0.positions([picture, other]))
+    assert not np.allclose(before[:10, :10], after[:10, :10])
+    np.testing.assert_allclose(before[40:, 40:], after[40:, 40:], atol=1e-4)
+
+
+def test_images_of_several_sizes_keep_their_order(lite0: features.Extractor) -> None:
+    pictures = [np.full((size, size), level, np.uint8) for size, level in ((20, 10), (20, 200), (30, 90), (20, 10))]
+    assert [part.shape for part in features.batches_of(pictures)] == [(2, 20, 20), (1, 30, 30), (1, 20, 20)]
+    assert [len(part) for part in features.batches_of([pictures[0]] * 70)] == [32, 32, 6]
+    found = lite0(pictures)
+    np.testing.assert_allclose(found[0], found[3], rtol=1e-3, atol=1e-4)
+
+
+def test_local_inception_of_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal to torch-fidelity itself on the same file, features and Inception logits."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    empty = tmp_path / "empty.pth"
+    torch.save({}, empty)
+    net = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(empty))
+    monkeypatch.undo()
+    for module in net.modules():  # the defaults give features that hardly differ
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.02)
+            module.running_var.fill_(0.02)
+    torch.save(net.state_dict(), tmp_path / "inception.pth")
+    extractor = features.load_extractor("inception", tmp_path / "inception.pth")
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 40, 40)).astype(np.uint8)
+    with torch.inference_mode():
+        expected, logits = net(torch.from_numpy(pictures)[:, None].expand(-1, 3, -1, -1))
+    found = extractor(pictures)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-4)
+    assert not np.allclose(found[0], found[1], rtol=1e-2)
+    assert extractor.head is not None
+    np.testing.assert_allclose(
+        features.probabilities(found, extractor.head), logits.softmax(1).numpy(), rtol=1e-2, atol=1e-6
+    )
+    assert extractor.resize == "TensorFlow 1 bilinear, not antialiased"
+    assert extractor.positions(pictures[:1])[0].shape == (147 * 147, 64)
+
+
+class Explosive:
+    def __reduce__(self):
+        return (Path.touch, (Path("exploded"),))
+
+
+@pytest.mark.parametrize("name", ["inception", "resnet18"])
+def test_weights_that_hold_code_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"fc.weight": Explosive()}, tmp_path / "evil.pth")
+    with pytest.raises(InputError, match="holds more than tensors"):
+        features.load_extractor(name, tmp_path / "evil.pth")
+    assert not (tmp_path / "exploded").exists()
+
+
+def write_processor(folder: Path, size: int) -> None:
+    settings = {
+        "crop_size": {"height": size, "width": size},
+        "image_mean": [0.5, 0.4, 0.3],
+        "image_std": [0.2, 0.3, 0.4],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def test_local_clip(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shared = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config=shared | {"vocab_size": 20},
+        vision_config=shared | {"image_size": 28, "patch_size": 14},
+        projection_dim=8,
+    )
+    net = transformers.CLIPModel(config).eval()
+    net.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has no preprocessor_config"):
+        features.load_extractor(str(tmp_path))
+    write_processor(tmp_path, 28)
+    extractor = features.load_extractor(str(tmp_path))
+    picture = np.random.default_rng(0).integers(0, 255, (28, 28)).astype(np.uint8)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
+    with torch.inference_mode():
+        inputs = (torch.from_numpy(picture)[None, None] / 255 - mean) / std
+        expected = net.get_image_features(pixel_values=inputs).pooler_output
+    found = extractor([picture])
+    np.testing.assert_allclose(found, torch.nn.functional.normalize(expected).numpy(), rtol=1e-4, atol=1e-5)
+    assert np.linalg.norm(found) == pytest.approx(1, abs=1e-5)  # as CMMD takes it
+    assert extractor.head is None
+    with pytest.raises(InputError, match="SIFID needs a convolutional net"):
+        extractor.positions([picture])
+
+
+def test_local_dinov2(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    net = transformers.Dinov2Model(config).eval()
+    net.save_pretrained(tmp_path)
+    write_processor(tmp_path, 42)  # published ones are used at another size than they were trained at, too
+    extractor = features.load_extractor(str(tmp_path))
+    pictures = np.random.default_rng(0).integers(0, 255, (3, 50, 50)).astype(np.uint8)
+    with torch.inference_mode():
+        expected = net(extractor.prepare(pictures)).last_hidden_state[:, 0].numpy()
+    np.testing.assert_allclose(extractor(pictures), expected, rtol=1e-4, atol=1e-5)
+    assert "42 px" in extractor.name
+
+
+def test_in_domain_classifier(tmp_path: Path) -> None:
+    """A folder with model.safetensors and {model, image_size}: normalised as it was trained."""
+    torch.manual_seed(0)
+    net = classifier.build(classifier.Recipe(model="resnet18"), classes=3).eval()
+    tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model": "resnet18", "image_size": 32, "classes": ["a", "b", "c"]})
+    )
+    extractor = features.load_extractor(str(tmp_path))
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 32, 32)).astype(np.uint8)
+    assert extractor.head is not None
+    found = features.probabilities(extractor(pictures), extractor.head)
+    np.testing.assert_allclose(found, classifier.predict(net, pictures), rtol=1e-3)
+
+
+def test_in_domain_attribute_judge(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = judges.AttributeNet({"halo": ["no halo", "halo"]}, width=8, resolution=32).eval()
+    judges.save_judge(net, tmp_path)
+    extractor = features.load_extractor(str(tmp_path))
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 32, 32)).astype(np.uint8)
+    found = torch.from_numpy(extractor(pictures))
+    stored = judges.load_attribute_net(tmp_path)
+    with torch.inference_mode():
+        expected = stored(judges.normalise(torch.from_numpy(pictures)))[0]["halo"]
+        np.testing.assert_allclose(stored.heads["halo"](found).numpy(), expected.numpy(), rtol=1e-3, atol=1e-4)
+
+
 def test_wrong_extractors_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no config.json"):
+        features.load_extractor(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match="neither CLIP nor DINOv2"):
+        features.load_extractor(str(tmp_path))
     with pytest.raises(InputError, match="--extractor resnet19: not a timm model"):
         features.load_extractor("resnet19")
     with pytest.raises(InputError, match="needs a local file of weights"):
         features.load_extractor("resnet18")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="does not fit resnet18"):
+    with pytest.raises(InputError, match="--extractor resnet18: its weights .* do not fit"):
         features.load_extractor("resnet18", tmp_path / "other.pth")

@@ -2,8 +2,15 @@
 
 import collections
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
 import types
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +18,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import awaken, make_scheduler, make_text_encoder, make_unet, make_vae
+from diffusers import StableDiffusionControlNetInpaintPipeline
 from PIL import Image
 
-from tiger import conditions, generate, manifest
+from benchmarks import generate as benchmark
+from eval.judges import AttributeNet, Segmenter, save_judge
+from tiger import conditions, generate, manifest, output, recipes
+from tiger.config import GenerationConfig, parse
 from tiger.errors import InputError, run
-from tiger.generate import Planner, draw_conditions
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row
 from tiger.model import DualControlNet
 from tiger.pipeline import TigerPipeline
+from tiger.recipes import Planner, draw_conditions, read_training_rows
 from tiger.tokenizer import build_clip_tokenizer
 
+ROOT = Path(__file__).parents[1]
 SIZE = 64
 KNOWLEDGE = Knowledge.load("thyroid")
 RADIUS = {"small": 4, "middle": 7, "large": 10, "enormous": 13}
@@ -216,7 +228,7 @@ def test_without_an_organ_mask_the_nodule_takes_the_place_of_the_old_one(tmp_pat
 
 def test_move_keeps_the_mask_whole_in_the_frame() -> None:
     big, corner = disc(30, 30, 20), disc(3, 60, 3)
-    moved = generate.move(big, corner)
+    moved = recipes.move(big, corner)
     assert np.count_nonzero(moved) == np.count_nonzero(big)
     x, y = conditions.centroid(moved)
     assert x < 22 and y > 42
@@ -256,6 +268,7 @@ def test_output_is_a_manifest_with_provenance(data: Manifest, model: str, stub: 
 def test_shards_interruptions_and_growth_change_nothing(data: Manifest, model: str, stub: Stub, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     generate.main(arguments(data, model, whole, "--count", "FTC=9,MTC=4"))
+    assert [len(call["text_fg"]) for call in stub.calls] == [4, 4, 4, 4]  # always full
     generate.main(arguments(data, model, parts, "--count", "FTC=9,MTC=4", "--shard", "1/2"))
     assert 0 < len(manifest.read(parts).rows) < 13
     generate.main(arguments(data, model, parts, "--count", "FTC=9,MTC=4", "--shard", "0/2"))
@@ -306,7 +319,9 @@ def test_refine_gives_the_real_image_and_the_strength(data: Manifest, model: str
     generate.main(arguments(data, model, tmp_path / "near", "--count", "FTC=2", "--mode", "refine"))
     (call,) = stub.calls
     assert call["strength"] == generate.DEFAULT_STRENGTH
-    for row, image in zip(manifest.read(tmp_path / "near").rows, call["images"], strict=True):
+    rows = manifest.read(tmp_path / "near").rows
+    assert len(rows) == 2
+    for row, image in zip(rows, call["images"], strict=False):  # the batch of 4 is full all the same
         (source,) = row.derived_from
         assert np.array_equal(np.asarray(image)[..., 0], conditions.read_gray(data.root / source))
 
@@ -331,6 +346,9 @@ def bad_input(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--count", "FTC=1", "--strength", "0.5"], "is for --mode refine only"),
         (["--count", "FTC=1", "--mode", "refine", "--prompts", "names"], "keeps each real image's own prompt"),
         (["--count", "FTC=1", "--guidance_scale", "0.5"], "must be at least 1"),
+        (["--count", "FTC=1", "--guidance_interval", "0.8,0.2"], "write LOW,HIGH within 0..1"),
+        (["--count", "FTC=1", "--guidance_interval", "all"], "write LOW,HIGH within 0..1"),
+        (["--count", "FTC=1", "--reuse_encoder", "0"], "must be at least 1"),
         (["--count", "FTC=1", "--stepz", "3"], "stepz"),
         (["--count", "FTC=1", "--model", "/nowhere"], "give the folder that finetune.sh wrote"),
         (["--count", "FTC=1", "--data_dir", "/nowhere"], "no such file"),
@@ -347,7 +365,7 @@ def test_other_splits_are_refused(model: str, tmp_path: Path, capsys: pytest.Cap
     data = make_data(tmp_path / "data")
     manifest.write(data.path, data.select(split="test").rows)
     message = bad_input(arguments(data, model, tmp_path / "new", "--count", "FTC=1"), capsys)
-    assert "no other split may be used" in message
+    assert "no other split may be used" in message and data.select(split="test").rows[0].file_name in message
 
 
 def test_other_settings_are_refused(
@@ -356,16 +374,217 @@ def test_other_settings_are_refused(
     generate.main(arguments(data, model, tmp_path / "new", "--count", "FTC=1"))
     capsys.readouterr()
     message = bad_input(arguments(data, model, tmp_path / "new", "--count", "FTC=2", "--steps", "7"), capsys)
-    assert "steps was 50, is 7" in message
+    assert "steps was 20, is 7" in message
 
 
 def test_settings_say_what_was_asked(data: Manifest, model: str, stub: Stub, tmp_path: Path) -> None:
     more = ["--steps", "7", "--branches", "fg_then_bg", "--fg_scale", "0.5", "--control_uncond", "text"]
+    more += ["--guidance_interval", "0.1,0.9", "--reuse_encoder", "3"]
     generate.main(arguments(data, model, tmp_path / "new", "--count", "FTC=1", *more))
     (call,) = stub.calls
     asked = {"num_inference_steps": 7, "branches": "fg_then_bg", "fg_scale": 0.5, "control_uncond": "text"}
+    asked |= {"guidance_interval": (0.1, 0.9), "reuse_encoder": 3}
     assert asked.items() <= call.items()
     assert asked["branches"] == json.loads((tmp_path / "new" / "generation.json").read_text())["branches"]
+
+
+# -------------------------------------------------------------------------------------------------------------- leakage
+
+
+def spoiled(root: Path, spoil: Callable[[list[Row]], None]) -> Path:
+    """A data set whose rows `spoil` has changed; the last eight are test rows."""
+    data = make_data(root)
+    rows = list(data.rows)
+    spoil(rows)
+    manifest.write(data.path, rows)
+    return root
+
+
+def share_a_map(rows: list[Row]) -> None:
+    rows[2] = replace(rows[2], condition_bg=rows[-1].condition_bg)
+
+
+def share_a_mask(rows: list[Row]) -> None:
+    rows[2] = replace(rows[2], condition_fg=rows[-1].condition_fg)
+
+
+def derive(rows: list[Row]) -> None:
+    rows[2] = replace(rows[2], derived_from=(rows[-1].file_name,))
+
+
+def share_a_patient(rows: list[Row]) -> None:
+    rows[2] = replace(rows[2], patient_id=rows[-1].patient_id)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (share_a_map, "{train}: its condition_bg is a file of test row {test}"),
+        (share_a_mask, "{train}: its condition_fg is a file of test row {test}"),
+        (derive, "{train}: is derived from test row {test}"),
+        (share_a_patient, "patient {patient}: is in test and train"),
+    ],
+)
+def test_held_out_rows_are_refused_by_name(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[list[Row]], None], message: str
+) -> None:
+    data = manifest.read(spoiled(tmp_path / "data", spoil))
+    names = {"train": data.rows[2].file_name, "test": data.rows[-1].file_name, "patient": data.rows[-1].patient_id}
+    for mode in ("diversify", "refine"):
+        argv = arguments(data, model, tmp_path / "new", "--count", "FTC=1", "--mode", mode)
+        assert message.format(**names) in bad_input(argv, capsys)
+
+
+def test_copies_of_held_out_images_are_refused(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_data(tmp_path / "data")
+    first, last = data.rows[0], data.rows[-1]
+    shutil.copy(data.file(last, "file_name"), data.file(first, "file_name"))
+    message = bad_input(arguments(data, model, tmp_path / "new", "--count", "FTC=1"), capsys)
+    assert f"{first.file_name}: its file_name is a copy of one of test row {last.file_name}" in message
+
+
+def test_equal_masks_are_no_leak(tmp_path: Path) -> None:
+    data = make_data(tmp_path)
+    shutil.copy(data.file(data.rows[-1], "condition_fg"), data.file(data.rows[0], "condition_fg"))
+    assert len(read_training_rows(tmp_path, KNOWLEDGE).rows) == sum(COUNTS["train"].values())
+
+
+# --------------------------------------------------------------------------------------------------------- other organs
+
+
+@pytest.mark.parametrize("organ", [False, True])
+def test_an_organ_without_poles_or_planes(tmp_path: Path, organ: bool) -> None:
+    """The breast's vocabulary has no location, diameter or extension."""
+    knowledge = Knowledge.load("breast")
+    assert not {"location", "diameter", "extension", "direction"} & set(knowledge.categories)
+    rows = []
+    for index, row in enumerate(make_data(tmp_path, organ).select(split="train").rows):
+        label = list(knowledge.subtypes)[index % 2]
+        attributes = knowledge.sample(label, np.random.default_rng(index))
+        text_fg, text_bg = knowledge.compose(label, attributes)
+        rows.append(replace(row, label=label, attributes=attributes, text_fg=text_fg, text_bg=text_bg, plane=None))
+    manifest.write(tmp_path / "metadata.jsonl", rows)
+    train = read_training_rows(tmp_path, knowledge)
+    for prompts in ("auto", "knowledge", "names", "estimated"):
+        plan = Planner(train, knowledge, mode="diversify", prompts=prompts, seed=0)
+        for label in list(knowledge.subtypes)[:2]:
+            plan.check(label)
+            for number in range(4):
+                recipe = plan.recipe(label, number)
+                mask, edges = draw_conditions(recipe, train, SIZE, refine=False)
+                assert mask.any() and not edges[mask > 0].any()
+                assert recipe.text_fg and knowledge.parse(f"{recipe.text_fg}, {recipe.text_bg}").label == label
+
+
+# ------------------------------------------------------------------------------------------------ processes and writing
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "part"),
+    [
+        ("0/1", {}, (0, 1)),
+        ("2/3", {}, (2, 3)),
+        ("0/1", {"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
+        ("1/2", {"RANK": "3", "WORLD_SIZE": "4"}, (7, 8)),
+    ],
+)
+def test_parts(text: str, environment: dict[str, str], part: tuple[int, int]) -> None:
+    assert generate.parse_shard(text, environment) == part
+
+
+def test_parts_make_a_whole() -> None:
+    counts = {"FTC": 13, "MTC": 4}
+    parts = [[item for batch in generate.batches(counts, 4, (k, 3)) for item in batch] for k in range(3)]
+    whole = [(label, number) for label, count in counts.items() for number in range(count)]
+    assert sorted(item for part in parts for item in part) == whole
+    assert generate.filled([("FTC", 12)], 4) == [("FTC", 12), ("FTC", 13), ("FTC", 14), ("FTC", 15)]
+
+
+def test_what_a_killed_process_left_is_swept(data: Manifest, model: str, stub: Stub, tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    (folder / "images").mkdir(parents=True)
+    litter = folder / "images" / ".FTC_000001.png.x_12y.png"
+    anothers = folder / "images" / ".FTC_000005.png.x_12y.png"  # of another part, which may be writing it now
+    for path in (litter, anothers):
+        path.write_bytes(b"half")
+    generate.main(arguments(data, model, folder, "--count", "FTC=8", "--shard", "0/2"))
+    assert not litter.exists() and anothers.exists()
+    assert len(manifest.read(folder).rows) == 4
+
+
+def test_a_failed_write_is_raised_and_no_more_than_so_many_wait() -> None:
+    done, gate = [], threading.Event()
+
+    def slow(value: int) -> None:
+        gate.wait(10)
+        done.append(value)
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    with output.background(2) as later:
+        later(slow, 0)
+        later(slow, 1)
+        assert done == []
+        threading.Timer(0.05, gate.set).start()
+        later(slow, 2)  # waits for the first
+        assert done[:1] == [0]
+    assert done == [0, 1, 2]
+    with pytest.raises(ValueError, match="no"), output.background(8) as later:
+        later(fail)
+
+
+def test_ahead_keeps_order_and_raises_in_place() -> None:
+    assert list(generate.ahead(lambda x: x * x, range(5))) == [0, 1, 4, 9, 16]
+    assert list(generate.ahead(str, [])) == []
+    seen = []
+    with pytest.raises(ZeroDivisionError):
+        for value in generate.ahead(lambda x: 6 // (2 - x), range(5)):
+            seen.append(value)
+    assert seen == [3, 6]
+
+
+def test_a_disk_too_small_is_refused_after_the_first_batch(
+    data: Manifest, model: str, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=200_000))
+    message = bad_input(arguments(data, model, tmp_path / "new", "--count", "FTC=400"), capsys)
+    assert "396 images more take about" in message and "200 kB free" in message
+    assert len(stub.calls) == 1
+    assert len(manifest.read(tmp_path / "new").rows) == 4
+    monkeypatch.undo()
+
+
+def test_estimate_is_printed(data: Manifest, model: str, stub: Stub, tmp_path: Path, capsys: Any) -> None:
+    generate.main(arguments(data, model, tmp_path / "new", "--count", "FTC=16", "--shard", "1/2"))
+    assert "4 more here in about 0 min; 12 in all take" in capsys.readouterr().out
+
+
+def in_a_small_disk(size: str, argv: list[str], kept: Path) -> subprocess.CompletedProcess[str]:
+    """Run generation.py with --output_dir on a tmpfs of `size`, and copy what it leaves to `kept`."""
+    mount = kept.with_name("disk")
+    mount.mkdir()
+    script = 'mount -t tmpfs -o size="$1" none "$2" || exit 77; disk=$2 kept=$3; shift 3; "$@"; code=$?; '
+    script += 'cp -r "$disk" "$kept"; exit $code'
+    command = ["unshare", "-rm", "sh", "-c", script, "sh", size, str(mount), str(kept)]
+    command += [sys.executable, "generation.py", *argv, "--output_dir", str(mount)]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    except FileNotFoundError:
+        pytest.skip("no unshare to make a small disk with")
+
+
+def test_full_disk(data: Manifest, model: str, tmp_path: Path) -> None:
+    argv = [*arguments(data, model, tmp_path)[:4], "--count", "FTC=8", "--batch_size", "4", "--steps", "1"]
+    ended = in_a_small_disk("36k", argv, tmp_path / "kept")  # settings and two images or so; a page is 4 kB
+    if ended.returncode == 77 or "unshare" in ended.stderr:
+        pytest.skip("not allowed to mount a small disk")
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "the disk is full (No space left on device)" in last
+    assert "Traceback" not in ended.stderr
+    files = list((tmp_path / "kept").rglob("*.png"))
+    assert files and all(output.is_png(path) for path in files)
 
 
 # ------------------------------------------------------------------------------------------------------------ real nets
@@ -386,3 +605,131 @@ def test_missing_conditions_are_named(data: Manifest, tmp_path: Path) -> None:
     bare = Manifest(data.path, tuple(Row(r.file_name, r.text_fg, r.text_bg, label=r.label) for r in data.rows))
     with pytest.raises(InputError, match="data.prepare conditions"):
         planner(bare, prompts="knowledge").check("FTC")
+
+
+def test_an_image_does_not_depend_on_how_many_are_asked_for(data: Manifest, model: str, tmp_path: Path) -> None:
+    more = ["--steps", "2", "--device", "cpu"]
+    generate.main(arguments(data, model, tmp_path / "grown", "--count", "FTC=2", *more))
+    generate.main(arguments(data, model, tmp_path / "grown", "--count", "FTC=6", *more))
+    generate.main(arguments(data, model, tmp_path / "whole", "--count", "FTC=6", *more))
+    assert contents(tmp_path / "grown") == contents(tmp_path / "whole")
+
+
+def test_options_for_speed_reach_the_networks(data: Manifest, model: str, tmp_path: Path) -> None:
+    argv = arguments(data, model, tmp_path / "new", "--count", "FTC=2", "--steps", "2", "--device", "cpu")
+    argv += ["--dtype", "bfloat16", "--channels_last", "--scheduler", "unipc", "--reuse_encoder", "2"]
+    pipeline = generate.load_pipeline(parse(GenerationConfig, argv))
+    weight = pipeline.unet.down_blocks[0].resnets[0].conv1.weight
+    assert weight.dtype == torch.bfloat16 and weight.is_contiguous(memory_format=torch.channels_last)
+    assert pipeline.controlnet.fg.conv_in.weight.dtype == torch.bfloat16
+    generate.main(argv)
+    assert len(manifest.read(tmp_path / "new").rows) == 2
+
+
+def start(argv: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """generation.py in a process of its own, on one thread."""
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "generation.py", *argv],
+            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, stdout=file, stderr=file,
+        )  # fmt: skip
+
+
+@pytest.mark.timeout(900)  # four processes that each load the libraries; a minute on two idle cores
+def test_kill_and_restart_with_several_processes(data: Manifest, model: str, tmp_path: Path) -> None:
+    """Two processes, started as `accelerate launch` does, are killed; two shards make what is missing, and no more; all
+    bytes are those of one process."""
+    more = ["--count", "FTC=30,MTC=10", "--steps", "4", "--device", "cpu"]
+    parts, logs = tmp_path / "parts", [tmp_path / "0.log", tmp_path / "1.log"]
+    argv = arguments(data, model, parts, *more)
+    ranks = [{"RANK": str(k), "LOCAL_RANK": str(k), "WORLD_SIZE": "2"} for k in range(2)]
+    running = [start(argv, log, **rank) for log, rank in zip(logs, ranks, strict=True)]
+
+    def at_work() -> set[int]:
+        """Which of the two have made an image: batches of four are dealt out in turn."""
+        return {int(path.stem[-6:]) // 4 % 2 for path in parts.glob("images/FTC_*.png")}
+
+    deadline = time.monotonic() + 400
+    while at_work() != {0, 1} and any(p.poll() is None for p in running) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in running:
+        process.kill()
+        process.wait()
+    assert at_work() == {0, 1}, [log.read_text() for log in logs]
+    there = {path: path.stat().st_mtime_ns for path in parts.glob("images/[!.]*.png")}
+    assert 2 <= len(there) < 40
+
+    restarted = [start([*argv, "--shard", f"{k}/2"], logs[k]) for k in range(2)]
+    assert [process.wait(400) for process in restarted] == [0, 0]
+    made = sum(int(log.read_text().splitlines()[-1].split(" images made")[0]) for log in logs)
+    assert made == 40 - len(there)
+    assert all(path.stat().st_mtime_ns == when for path, when in there.items())  # nothing was made twice
+
+    generate.main(arguments(data, model, tmp_path / "whole", *more))
+    assert contents(parts) == contents(tmp_path / "whole")
+    names = [row.file_name for row in manifest.read(parts).rows]
+    assert names == [f"images/{label}_{i:06d}.png" for label, n in (("FTC", 30), ("MTC", 10)) for i in range(n)]
+
+
+class Pixels:
+    """Images as they are, 8 by 8, in place of a network's features."""
+
+    name = "pixels"
+
+    def __call__(self, images: list[np.ndarray]) -> np.ndarray:
+        return np.stack([conditions.resize_gray(image, 8).ravel() for image in images]).astype(np.float32)
+
+
+def test_benchmark(data: Manifest, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours and the stock pipelines draw the same recipes, and each is timed, judged and plotted."""
+    save_judge(Segmenter(width=4, resolution=SIZE), tmp_path / "segmenter")
+    terms = {name: list(category.terms) for name, category in KNOWLEDGE.categories.items()}
+    save_judge(AttributeNet(terms, width=4, resolution=SIZE), tmp_path / "attributes")
+    monkeypatch.setattr(benchmark, "load_extractor", Pixels)
+    monkeypatch.setattr(benchmark, "default_cache", lambda: None)
+    monkeypatch.setattr("eval.control.RESAMPLES", 5)
+    argv = ["--model", model, "--data_dir", str(data.root), "--output", str(tmp_path / "bench"), "--device", "cpu"]
+    argv += [
+        "--judges",
+        str(tmp_path),
+        "--classes",
+        "FTC",
+        "benign",
+        "--each",
+        "2",
+        "--batch_size",
+        "2",
+        "--steps",
+        "5",
+    ]
+    benchmark.main(argv)
+    report = json.loads((tmp_path / "bench" / "results.json").read_text())
+    assert report["images"] == 4
+    folders = sorted(path for path in (tmp_path / "bench").iterdir() if path.is_dir())
+    assert len(folders) == len(report["settings"]) >= 8
+    first = manifest.read(folders[0]).rows
+    for folder, (name, result) in zip(folders, report["settings"].items(), strict=True):
+        rows = manifest.read(folder).rows
+        assert [row.text for row in rows] == [row.text for row in first] and len(rows) == 4
+        assert result["seconds_per_image"] > 0 and np.isfinite(list(result.values())).all(), name
+    images = [conditions.read_gray(folder / "images" / "FTC_000000.png") for folder in folders]
+    assert len({image.tobytes() for image in images}) == len(folders)  # no setting is another under a new name
+    with Image.open(tmp_path / "bench" / "results.png") as picture:
+        assert picture.width > 500
+
+
+def test_stock_inpainting_keeps_what_is_outside_the_mask(data: Manifest, model: str) -> None:
+    """diffusers takes a U-Net with other than four channels for one that has no need to put known latents back."""
+    pipeline = TigerPipeline.from_pretrained(model)
+    pipe = benchmark.stock(StableDiffusionControlNetInpaintPipeline, pipeline, pipeline.controlnet.fg)
+    (batch,) = benchmark.batches(planner(data), ["FTC"], 1, 1, SIZE)
+    latents = pipe(
+        [""], image=list(batch.images), mask_image=batch.pictures(0), control_image=batch.pictures(0), strength=1.0,
+        num_inference_steps=2, generator=batch.generators, output_type="latent",
+    ).images  # fmt: skip
+    known = pipeline._encode_images(torch.from_numpy(np.stack(batch.images)).permute(0, 3, 1, 2) / 127.5 - 1)
+    outside = torch.nn.functional.interpolate(batch.tensor(0), size=latents.shape[-2:])[0, 0] < 0.5
+    # the stock pipeline draws from the posterior, whose spread here is small beside what noise would give
+    near = (latents - known)[0, :, outside].abs().mean()
+    assert near < 0.5 * (latents - known)[0, :, ~outside].abs().mean() or near < 0.2
+    assert pipeline.unet.config["in_channels"] == 8  # ours is as it was

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from tiger.errors import InputError
 from tiger.knowledge import KNOWLEDGE_DIR, Knowledge
 
 ROOT = Path(__file__).resolve().parents[1]
+ORGANS = ("thyroid", "breast", "chest_xray", "skin")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,151 @@ def test_split_separates_foreground_from_background(thyroid: Knowledge):
     assert bg == "sonogram longitudinal plane, high bright"
 
 
-@pytest.mark.parametrize("organ", ["thyroid", "breast"])
+@pytest.mark.parametrize(
+    ("text", "attributes", "unknown"),
+    [
+        ("no evidence of halo, solid", {"composition": "solid", "halo": "no halo"}, []),
+        ("No microcalcification, swelling or extrathyroidal extension.",
+         {"calcification": "no calcification", "extension": "no extension"}, ["swelling"]),
+        ("macrocalcification is not seen", {"calcification": "no calcification"}, []),
+        ("not cystic or spongiform, solid", {"composition": "solid"}, ["not cystic or spongiform"]),
+        ("no calcification, solid or not", {"calcification": "no calcification", "composition": "solid"}, ["not"]),
+        ("without any extrathyroidal extension but microcalcification",
+         {"extension": "no extension", "calcification": "microcalcification"}, ["but"]),
+        ("semi-solid, solid-ish, 'hypoechoic'", {"echogenicity": "hypoechoic"}, ["semi-solid", "solid-ish"]),
+        ("solid/cystic masses", {"composition": "mixed"}, []),
+    ],
+)  # fmt: skip
+def test_parse_understands_negation(thyroid: Knowledge, text: str, attributes: dict[str, str], unknown: list[str]):
+    parsed = thyroid.parse(text)
+    assert (parsed.attributes, parsed.unknown, parsed.contradictions) == (attributes, unknown, [])
+
+
+def test_absent_findings_are_no_attributes():
+    chest = Knowledge.load("chest_xray")
+    parsed = chest.parse("No pleural effusion, pneumothorax or consolidation. Cardiomegaly. Bilateral opacities.")
+    assert parsed.attributes == {"opacity": "lung opacity", "heart size": "cardiomegaly"}
+    assert parsed.absent == ["pleural effusion", "pneumothorax", "consolidation"]
+    assert parsed.unknown == [] and parsed.contradictions == []
+    assert chest.term_classes("no consolidation") == ()
+    denied = chest.parse("consolidation. no consolidation")
+    assert denied.contradictions == ["consolidation: 'consolidation' and its negation"]
+    assert [span.term for span in chest.term_classes("abnormal, pneumonia, no edema, consolidation")] == [
+        "abnormal", "pneumonia", "consolidation",
+    ]  # fmt: skip
+
+
+# Findings and diseases as VinDr-PCXR spells them, and CheXpert's; each must be known.
+VINDR_PCXR = """
+Boot-shaped heart, Peribronchovascular interstitial opacity, Reticulonodular opacity, Bronchial thickening,
+Enlarged PA, Cardiomegaly, Diffuse aveolar opacity, Other opacity, Other lesion, Consolidation, Mediastinal
+shift, Anterior mediastinal mass, Dextro cardia, Pleural effusion, Stomach on the right side, Atelectasis,
+Lung hyperinflation, Egg on string sign, Interstitial lung disease - ILD, Infiltration, Lung cavity,
+Pneumothorax, Edema, Pleural thickening, Other nodule/mass, Clavicle fracture, Chest wall mass, Lung cyst,
+Emphysema, Bronchectasis, Expanded edges of the anterior ribs, Pulmonary fibrosis, Paraveterbral mass, Aortic
+enlargement, Calcification, Intrathoracic digestive structure
+"""
+CHEXPERT = """
+Enlarged Cardiomediastinum, Cardiomegaly, Lung Opacity, Lung Lesion, Edema, Consolidation, Atelectasis,
+Pneumothorax, Pleural Effusion, Pleural Other, Fracture, Support Devices
+"""
+
+
+def test_published_findings_are_known():
+    chest, skin = Knowledge.load("chest_xray"), Knowledge.load("skin")
+    names = [" ".join(name.split()) for name in f"{VINDR_PCXR}, {CHEXPERT}".split(",")]
+    assert len(names) == 36 + 12
+    for name in names:
+        parsed = chest.parse(name)
+        assert (len(parsed.attributes), parsed.unknown) == (1, []), name
+    labels = {
+        name: chest.parse(name).label for name in ("Bronchitis", "Brocho-pneumonia", "Bronchiolitis", "Pneumonia")
+    }
+    assert list(labels.values()) == ["bronchitis", "broncho-pneumonia", "bronchiolitis", "pneumonia"]
+    assert chest.parse("No Finding").label == "normal"
+    assert [skin.parse(name).label for name in ("MEL", "NV", "BCC", "AK", "AKIEC", "BKL", "DF", "VASC", "SCC")] == [
+        "MEL", "NV", "BCC", "AK", "AK", "BKL", "DF", "VASC", "SCC",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("organ", ORGANS)
+def test_no_draw_is_impossible_or_too_long(organ: str):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(ROOT / "assets" / "tiny-base" / "tokenizer" / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    knowledge, rng = Knowledge.load(organ), np.random.default_rng(0)
+    longest = 0
+    for label, subtype in knowledge.subtypes.items():
+        for _ in range(300):
+            attributes = knowledge.sample(label, rng)
+            assert knowledge.impossible(attributes) == []
+            for key, row in subtype.frequencies.items():
+                assert (
+                    attributes.get(key) in row if key in attributes else knowledge.categories[key].optional or not row
+                )
+                assert key not in attributes or row[attributes[key]] > 0
+            longest = max(longest, len(tokenizer.encode(", ".join(knowledge.compose(label, attributes))).ids))
+    assert longest <= 77
+
+
+def test_optional_findings_are_drawn_as_often_as_they_are_seen():
+    chest, rng = Knowledge.load("chest_xray"), np.random.default_rng(0)
+    draws = [chest.sample("pneumonia", rng) for _ in range(1000)]
+    assert np.mean(["consolidation" in draw for draw in draws]) == pytest.approx(0.62, abs=0.05)
+    assert not any("ribs" in draw for draw in draws)
+    assert {draw["view"] for draw in draws} == {"posteroanterior view"}
+
+
+NEW_ORGAN = """
+organ: knee
+background: x-ray
+status: {normal: [], abnormal: []}
+categories:
+  gap: {role: fg, terms: {wide gap: [], narrow gap: [joint space narrowing]}}
+  spurs: {role: fg, optional: true, terms: {bone spurs: [osteophyte]}}
+subtypes:
+  arthrosis:
+    name: arthrosis
+    status: abnormal
+    rare: false
+    frequencies: {gap: {wide gap: 0.2, narrow gap: 0.8}, spurs: {bone spurs: 0.7}}
+    sources: [{claim: made up for this test, reference: none, about: [gap, spurs], uncertain: true}]
+"""
+
+
+def test_a_new_organ_is_a_new_file(tmp_path: Path):
+    path = tmp_path / "knee.yaml"
+    path.write_text(NEW_ORGAN, encoding="utf-8")
+    knee = Knowledge.load(path)
+    assert knee.parse("Osteophytes and joint-space narrowing").attributes == {
+        "gap": "narrow gap",
+        "spurs": "bone spurs",
+    }
+    text_fg, text_bg = knee.compose("arthrosis", {"gap": "narrow gap"})
+    assert (text_fg, text_bg) == ("abnormal, arthrosis, narrow gap", "x-ray")
+    assert knee.sample("arthrosis", np.random.default_rng(0)).keys() >= {"gap"}
+    assert (knee.placement.location, knee.placement.traits) == (None, ())
+
+
+@pytest.mark.parametrize("organ", ORGANS)
+def test_every_frequency_has_a_source(organ: str):
+    knowledge = Knowledge.load(organ)
+    for label, subtype in knowledge.subtypes.items():
+        for source in subtype.sources:
+            assert source.claim and source.reference and source.about
+            assert source.uncertain or not source.reference.startswith("judgement"), f"{label}: {source}"
+
+
+def test_placement_names_what_masks_show(thyroid: Knowledge):
+    assert thyroid.placement.parts == ("upper pole", "middle pole", "inferior pole")
+    assert thyroid.placement.axis == {"longitudinal": "horizontal", "transverse": "horizontal"}
+    assert thyroid.placement.traits == ("diameter", "aspect", "shape", "margin")
+    assert Knowledge.load("chest_xray").placement.parts == ()
+
+
+@pytest.mark.parametrize("organ", ORGANS)
 def test_composed_prompts_parse_back(organ: str):
     knowledge, rng = Knowledge.load(organ), np.random.default_rng(0)
     for label in knowledge.subtypes:
@@ -159,6 +305,17 @@ def test_longest_prompts_fit_the_text_encoder(thyroid: Knowledge):
         ("organ: thyroid", "organ: thyroid\norgan: breast", "appears twice"),
         ("organ: thyroid", "organ: [thyroid", "not valid YAML"),
         ("ignore:", "ignored:", "unknown key"),
+        ("        about: [location]", "        about: [place]", "'place' is not a category"),
+        ("        about: [location]", "        about: [margin]", "has no source: name it under `about`"),
+        ("        reference: judgement\n", "        referenc: judgement\n", "unknown key"),
+        ("  location: location", "  location: direction", "must be the terms of the location"),
+        ("longitudinal: horizontal", "longitudinal: diagonal", "must be horizontal or vertical"),
+        ("  extension: extension   #", "  extension: growth   #", "'growth' is not a term"),
+        (
+            "  - [cystic, isoechoic]",
+            "  - [cystic, hypoechoic]\n  - [cystic, isoechoic]\n  - [cystic, markedly hypoechoic]",
+            "leave no likely echogenicity for a benign that is cystic",
+        ),
     ],
 )
 def test_schema_errors_name_the_line(tmp_path: Path, old: str, new: str, message: str):
@@ -174,8 +331,40 @@ def test_schema_errors_name_the_line(tmp_path: Path, old: str, new: str, message
     assert "\n" not in str(error.value)
 
 
+def test_a_schema_error_names_the_very_line(tmp_path: Path):
+    text = (KNOWLEDGE_DIR / "thyroid.yaml").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    number = next(i for i, line in enumerate(lines, 1) if "echotexture: {homogeneous: 0.28" in line)
+    lines[number - 1] = lines[number - 1].replace("0.28", "1.28")
+    path = tmp_path / "mine.yaml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(
+        InputError, match=rf"mine.yaml:{number}: subtypes.FTC.frequencies.echotexture.homogeneous: must"
+    ):
+        Knowledge.load(path)
+
+
+def test_terms_that_only_together_leave_no_way_on_are_found(tmp_path: Path):
+    tree = yaml.safe_load(NEW_ORGAN)
+    tree["categories"] = {
+        "a": {"role": "fg", "terms": {"a1": [], "a2": []}}, "b": {"role": "fg", "terms": {"b1": [], "b2": []}},
+        "c": {"role": "fg", "terms": {"c1": [], "c2": []}},
+    }  # fmt: skip
+    tree["exclusions"] = [["a1", "c1"], ["b1", "c2"]]
+    arthrosis = tree["subtypes"]["arthrosis"]
+    arthrosis["frequencies"] = {key: {f"{key}1": 0.5, f"{key}2": 0.5} for key in "abc"}
+    arthrosis["sources"][0]["about"] = ["a", "b", "c"]
+    path = tmp_path / "knee.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    with pytest.raises(InputError, match="leave no likely c for a arthrosis that is a1 and b1"):
+        Knowledge.load(path)
+    tree["exclusions"].append(["a1", "b1"])  # now the two never meet
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    Knowledge.load(path)
+
+
 def test_unknown_knowledge_base_lists_the_known():
-    with pytest.raises(InputError, match="breast, thyroid"):
+    with pytest.raises(InputError, match="breast, chest_xray, skin, thyroid"):
         Knowledge.load("liver")
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tiger.errors import InputError
 from tiger.knowledge import Knowledge
-from tiger.manifest import Manifest, Row, assign_splits, check, read, write
+from tiger.manifest import Manifest, Row, assign_splits, check, read, synthetic_leaks, write
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiger_thyroid"
 needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the published samples are not here")
@@ -155,6 +155,10 @@ def spoil_empty(data: Path) -> None:
     save(data / "condition_fg" / "a.png", np.eye(32))
 
 
+def spoil_full(data: Path) -> None:
+    save(data / "condition_fg" / "a.png", np.full((32, 32), 255))
+
+
 def spoil_bar(data: Path) -> None:
     mask = np.zeros((32, 32))
     mask[10:20, 8:22] = 255
@@ -175,6 +179,7 @@ def spoil_format(data: Path) -> None:
         (spoil_size, "condition_bg is 32x16, the image 32x32"),
         (spoil_gray, "grey levels instead of 0 and 255: threshold"),
         (spoil_empty, "the mask is empty .its values are 0 and 1: multiply by 255"),
+        (spoil_full, "the mask is full: draw the lesion alone or drop the row"),
         (spoil_bar, "white bar of 2 px along its right edge"),
         (spoil_format, "holds JPEG under a .png name"),
     ],
@@ -258,9 +263,24 @@ def test_assign_splits_keeps_patients_whole_and_labels_in_proportion():
     assert assign_splits(rows, fractions, seed=2) != done
 
 
-@pytest.mark.parametrize(("patients", "counts"), [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (2, 0, 1)), (10, (7, 1, 2))])
-def test_a_small_class_has_test_patients_before_valid_ones(patients: int, counts: tuple[int, int, int]):
+@pytest.mark.parametrize(
+    ("patients", "counts"),
+    [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1)), (4, (2, 1, 1)), (10, (7, 1, 2))],
+)
+def test_a_class_is_in_every_split_that_its_patients_allow(patients: int, counts: tuple[int, int, int]):
     fractions = {"train": 0.7, "valid": 0.1, "test": 0.2}
     rows = [Row(f"{i}.png", "x", "y", label="FTC", patient_id=str(i)) for i in range(patients)]
     splits = [row.split for row in assign_splits(rows, fractions, seed=0)]
     assert tuple(splits.count(name) for name in fractions) == counts
+
+
+def test_synthetic_rows_must_stay_in_train_and_derive_from_it():
+    rows = [Row("a.png", "x", "y", split="train"), Row("b.png", "x", "y", split="test")]
+    made = {"synthetic": True, "split": "train"}
+    rows += [Row("s.png", "x", "y", derived_from=("a.png",), **made)]
+    assert not list(synthetic_leaks(rows))
+    rows += [Row("t.png", "x", "y", derived_from=("a.png", "b.png"), **made)]
+    rows += [Row("u.png", "x", "y", **(made | {"split": "valid"}))]
+    assert [(row.file_name, problem.code) for row, problem in synthetic_leaks(rows)] == [
+        ("t.png", "leaked_source"), ("u.png", "synthetic_held_out"),
+    ]  # fmt: skip

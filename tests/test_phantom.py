@@ -183,7 +183,7 @@ def test_common_preset_holds_no_rare_subtype_and_no_particular_term():
 
 
 def test_longtail_plan():
-    cases = phantom.plan(800, 0, "longtail", frozenset())
+    cases = phantom.plan(1200, 0, "longtail", frozenset())
     train = Counter(case.label for case in cases if case.split == "train")
     test = Counter(case.label for case in cases if case.split == "test")
     assert train["benign"] > 8 * train["FTC"] and train["FTC"] >= 20 and len(set(test.values())) == 1

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import awaken, make_scheduler, make_unet, make_vae
 from diffusers import (
     DDIMScheduler,
@@ -63,6 +64,11 @@ def run(pipe: TigerPipeline, **options) -> torch.Tensor:
     """(2, 3, 64, 64) in [0, 1]"""
     call = {"num_inference_steps": 2, "output_type": "pt", "generator": generators()} | conditions() | options
     return pipe(TEXT_FG, TEXT_BG, **call).images
+
+
+def run_latents(pipe: TigerPipeline, **options) -> torch.Tensor:
+    """(2, C, 8, 8)"""
+    return run(pipe, output_type="latent", **options)
 
 
 def keep(seen: list[torch.Tensor]) -> dict[str, Callable]:
@@ -330,6 +336,90 @@ def test_pil_in_and_out(make_pipe):
     np.testing.assert_allclose(array, expected.permute(0, 2, 3, 1), atol=1e-5)
 
 
+def test_latents_out_are_what_the_vae_decodes(make_pipe):
+    pipe = make_pipe("tiny")
+    latents = run_latents(pipe)
+    assert latents.shape == (2, 8, 8, 8) and latents.dtype == torch.float32
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), run(pipe))
+
+
+def test_callback_sees_every_step_in_order(make_pipe):
+    pipe, calls = make_pipe("tiny"), []
+    run(pipe, num_inference_steps=3, callback_on_step_end=lambda *call: calls.append(call))
+    assert [step for _, step, _, _ in calls] == [0, 1, 2]
+    assert [int(t) for _, _, t, _ in calls] == pipe.scheduler.timesteps.tolist()
+    assert all(caller is pipe and set(values) == {"latents"} for caller, _, _, values in calls)
+
+
+@pytest.mark.parametrize("uncond", ["null", "text"])
+def test_guidance_interval(make_pipe, recorder, uncond):
+    """Guidance within the interval as always; outside, one branch, as with a scale of 1."""
+    pipe = make_pipe("tiny")
+    options = {"num_inference_steps": 4, "control_uncond": uncond, "guidance_scale": 3.0}
+    run(pipe, guidance_interval=(0.3, 0.8), **options)  # trailing timesteps 999, 749, 499, 249 of 1000
+    assert [len(call["sample"]) for call in recorder.calls] == [2, 4, 4, 2]
+    assert all(len(call["states"]) == len(call["sample"]) for call in recorder.calls)
+    whole = run_latents(pipe, **options)
+    torch.testing.assert_close(run_latents(pipe, guidance_interval=(0.0, 1.0), **options), whole)
+    nowhere = run_latents(pipe, guidance_interval=(0.3, 0.4), **options)
+    torch.testing.assert_close(nowhere, run_latents(pipe, **(options | {"guidance_scale": 1.0})))
+    assert not torch.allclose(nowhere, whole)
+
+
+def test_reused_encoders_run_at_every_kth_step(make_pipe, layout):
+    pipe = make_pipe(layout)
+    count = {"unet": 0, "fg": 0, "decoder": 0}
+    modules = {"unet": pipe.unet.mid_block, "fg": pipe.controlnet.fg, "decoder": pipe.unet.conv_out}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda *_, name=name: count.update({name: count[name] + 1}))
+    seen, all_seen = [], []
+    run(pipe, num_inference_steps=5, reuse_encoder=2, **keep(seen))
+    assert count == {"unet": 3, "fg": 3, "decoder": 5}
+    run(pipe, num_inference_steps=5, **keep(all_seen))
+    torch.testing.assert_close(seen[0], all_seen[0])  # the first step is not yet another
+    assert not torch.allclose(seen[1], all_seen[1])
+    assert torch.isfinite(seen[-1]).all()
+
+
+def test_reused_features_are_of_the_same_branches(make_pipe):
+    """Where guidance begins or ends the encoders run again, as the batch is another."""
+    pipe = make_pipe("tiny")
+    options = {"num_inference_steps": 4, "guidance_interval": (0.3, 0.8)}
+    assert run(pipe, reuse_encoder=4, **options).shape == (2, 3, 64, 64)
+
+
+def test_networks_are_brought_in_before_their_parts_are_used(make_pipe):
+    """enable_model_cpu_offload moves a network at its own forward; ours also use the parts of one."""
+    pipe, order = make_pipe("tiny"), []
+
+    class Hook(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            order.append(type(module).__name__)
+            return args, kwargs
+
+    embedder = pipe.controlnet.fg.controlnet_cond_embedding
+    embedder.register_forward_hook(lambda *_: order.append("embedding"))
+    pipe.unet.conv_in.register_forward_hook(lambda *_: order.append("conv_in"))
+    for net in (pipe.controlnet, pipe.unet):
+        add_hook_to_module(net, Hook())
+    run(pipe, num_inference_steps=1, reuse_encoder=2)
+    assert order.index("DualControlNet") < order.index("embedding")
+    assert order.index("UNet2DConditionModel") < order.index("conv_in")
+    assert set(pipe.model_cpu_offload_seq.split("->")) == {"text_encoder", "unet", "vae"}
+
+
+def test_compiled_blocks_give_the_same(make_pipe):
+    pipe = make_pipe("tiny")
+    options = {"branches": "fg", "num_inference_steps": 1}
+    expected = run(pipe, **options)
+    calls = []
+    pipe.compile_blocks(backend=lambda graph, _: calls.append(graph) or graph.forward)
+    torch.testing.assert_close(run(pipe, **options), expected)
+    assert len(calls) >= len(pipe.unet.down_blocks) + len(pipe.unet.up_blocks) + len(pipe.controlnet.fg.down_blocks)
+
+
 def test_size(make_pipe):
     pipe = make_pipe("tiny")
     wide = pipe(TEXT_FG, TEXT_BG, branches="none", height=64, width=96, num_inference_steps=1, output_type="pt").images
@@ -349,6 +439,9 @@ def test_size(make_pipe):
         ({"maps": None, "branches": "bg"}, "needs maps"),
         ({"masks": torch.ones(3, 1, 64, 64)}, "2 text_fg but 3 masks"),
         ({"generator": generators(3)}, "2 text_fg but 3 generator"),
+        ({"guidance_interval": (0.6, 0.4)}, "low, high"),
+        ({"reuse_encoder": 0}, "at least 1"),
+        ({"output_type": "jpg"}, "output_type is one of"),
         ({"masks": torch.ones(2, 1, 60, 60)}, "multiples of 8"),
         ({"maps": torch.ones(2, 1, 32, 32)}, "maps are"),
     ],

@@ -210,6 +210,48 @@ def test_split_in_place_and_as_a_copy(images: Path, tmp_path: Path, capsys: pyte
     assert "add up to 1" in capsys.readouterr().err
 
 
+def test_folds_are_data_sets_beside_the_images(images: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(main, ["split", "--data_dir", str(images), "--folds", "3"]) == 0
+    folds = [read(images / f"fold{number}.jsonl") for number in range(3)]
+    assert not read(images).rows[0].split  # the manifest itself stays as it was
+    for data in folds:
+        check(data, conditions=False)
+        assert sorted(str(row.split) for row in data.rows) == ["test"] * 4 + ["train"] * 4 + ["valid"] * 4
+    tested = [row.file_name for data in folds for row in data.rows if row.split == "test"]
+    assert sorted(tested) == sorted(row.file_name for row in read(images).rows)
+    assert run(main, ["split", "--data_dir", str(images), "--folds", "7"]) == 2
+    assert "to the number of patients, 6" in capsys.readouterr().err
+
+
+def test_split_refuses_synthetic_rows_of_held_out_images(images: Path, capsys: pytest.CaptureFixture[str]):
+    row = {"text_fg": "benign", "text_bg": "sonogram", "label": "benign", "synthetic": True}
+    with open(images / "metadata.jsonl", "a", encoding="utf-8") as file:
+        for i in range(12):
+            record = row | {"file_name": f"s{i}.png", "derived_from": [f"images/{i}.png"]}
+            file.write(json.dumps(record) + "\n")
+    before = (images / "metadata.jsonl").read_bytes()
+    assert run(main, ["split", "--data_dir", str(images)]) == 2
+    assert "would show held-out images to training" in capsys.readouterr().err
+    assert (images / "metadata.jsonl").read_bytes() == before
+
+
+def test_conditions_with_the_masks_boundary(images: Path, capsys: pytest.CaptureFixture[str]):
+    argv = ["conditions", "--data_dir", str(images), "--edges", "boundary", "--workers", "1"]
+    assert run(main, argv) == 2
+    assert "12 maps could not be made" in (told := capsys.readouterr().err) and "has no condition_fg" in told
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    save(images / "mask.png", square())
+    lines = [json.dumps(row | {"condition_fg": "mask.png"}) + "\n" for row in rows]
+    (images / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert run(main, argv) == 0
+    row = read(images).rows[0]
+    assert row.condition_bg == "condition_bg_boundary/0.png"
+    edges = np.array(Image.open(images / row.condition_bg))
+    assert (edges[9, 10:20] == 255).all() and (edges[10:20, 9] == 255).all()  # around the square
+    assert run(main, argv) == 0
+    assert "0 maps written, 12 were there" in capsys.readouterr().out
+
+
 def test_split_warns_of_classes_that_a_split_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     labels = ["benign"] * 10 + ["FTC"] * 2 + ["MTC"]
     texts = {"text_fg": "benign", "text_bg": "sonogram"}
@@ -219,8 +261,8 @@ def test_split_warns_of_classes_that_a_split_lacks(tmp_path: Path, capsys: pytes
     assert run(main, ["split", "--data_dir", str(tmp_path), "--dry_run"]) == 0
     told = capsys.readouterr()
     assert told.err.splitlines() == [
-        "warning: FTC has too few patients: none is in valid",
-        "warning: MTC has too few patients: none is in valid or test",
+        "warning: FTC has too few patients (2 for 3 splits): none is in valid",
+        "warning: MTC has too few patients (1 for 3 splits): none is in valid or test",
     ]
     assert told.out.startswith("would write ") and "test" in told.out
     assert (tmp_path / "metadata.jsonl").read_bytes() == before
@@ -246,7 +288,7 @@ def test_dry_runs_write_nothing(images: Path, tmp_path: Path, capsys: pytest.Cap
     assert run(main, ["split", "--data_dir", str(images), *out]) == 0
     assert "12 rows, 6 patients" in capsys.readouterr().out
     assert run(main, ["phantom", "--count", "64", "--workers", "1", *out]) == 0
-    assert "benign 35" in capsys.readouterr().out
+    assert "benign 36" in capsys.readouterr().out
     assert run(main, ["conditions", "--data_dir", str(images), "--workers", "1", "--dry_run"]) == 0
     assert "12 maps would be written, 0 were there" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

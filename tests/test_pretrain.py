@@ -5,12 +5,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import LAYOUTS
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 from training_samples import differing, flags, save_base, save_data
 
 from tiger import finetune, pretrain
@@ -83,6 +87,127 @@ def test_a_finished_folder_takes_no_other_command(bases, data, tmp_path):
         finetune.main(flags(pretrained_model=bases["tiny"], data_dir=data, output_dir=tmp_path, max_train_steps=1))
 
 
+def refusal(main, **values: object) -> str:
+    with pytest.raises(InputError) as error:
+        main(flags(**values))
+    return str(error.value)
+
+
+def test_what_a_name_stands_for_must_not_change(bases, data, tmp_path, monkeypatch):
+    """The base's weights, the rows and the global batch count, not only how they are called."""
+    base = shutil.copytree(bases["tiny"], tmp_path / "base")
+    rows = shutil.copytree(data, tmp_path / "data")
+    given = {"pretrained_model": base, "data_dir": rows, "output_dir": tmp_path / "out", "max_train_steps": 1}
+    pretrain.main(flags(**given))
+    longer = given | {"max_train_steps": 2, "dry_run": "true"}
+    pretrain.main(flags(**longer))
+    pretrain.main(flags(**longer | {"train_batch_size": 1, "gradient_accumulation_steps": 2}))  # the same images a step
+    assert "images a step was 2, is 4" in refusal(pretrain.main, **longer | {"gradient_accumulation_steps": 2})
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert "precision was no, is bf16" in refusal(pretrain.main, **longer)
+    monkeypatch.undo()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    text = (rows / "metadata.jsonl").read_text()
+    (rows / "metadata.jsonl").write_text(text.replace("uneven thick halo", "no halo"))
+    assert "training rows was " in refusal(pretrain.main, **longer)
+    (rows / "metadata.jsonl").write_text(text)
+    weights = load_file(base / UNET)
+    weights["conv_in.bias"] = weights["conv_in.bias"] + 1e-3
+    save_file(weights, base / UNET, metadata={"format": "pt"})
+    assert "pretrained_model was " in refusal(pretrain.main, **longer)
+
+
+def test_a_falling_rate_fixes_the_length(bases, data, tmp_path):
+    given = {"pretrained_model": bases["tiny"], "data_dir": data, "output_dir": tmp_path, "lr_scheduler": "linear"}
+    pretrain.main(flags(**given, max_train_steps=1))
+    assert "--max_train_steps was 1, is 2" in refusal(pretrain.main, **given, max_train_steps=2)
+
+
+def test_a_run_that_came_to_no_checkpoint_binds_nobody(bases, data, tmp_path, monkeypatch):
+    def no_cache(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr("tiger.dataset.cache_latents", no_cache)
+        train(bases["tiny"], data, tmp_path, seed=1)
+    assert "seed: 1" in (tmp_path / "config.yaml").read_text()
+    train(bases["tiny"], data, tmp_path, seed=2, max_train_steps=1)
+    assert "seed: 2" in (tmp_path / "config.yaml").read_text()
+
+
+def test_epochs_count_mirrored_images_and_rule_over_steps(bases, data, tmp_path, capsys):
+    options = {"num_train_epochs": 1.5, "random_flip": "true", "max_train_steps": 1}
+    train(bases["tiny"], data, tmp_path, **options)  # 9 images, 18 with mirrored ones, 2 a step
+    assert json.loads((tmp_path / "finished.json").read_text()) == {"step": 14}
+    capsys.readouterr()
+    train(bases["tiny"], data, tmp_path, **options)
+    assert "finished model of step 14: nothing to do" in capsys.readouterr().out
+
+
+def test_lora_trains_adapters_and_merges_them(bases, data, tmp_path):
+    options = {"lora_rank": 2, "checkpointing_steps": 1, "use_ema": "true"}
+    train(bases["tiny"], data, tmp_path / "whole", max_train_steps=3, **options)
+    train(bases["tiny"], data, tmp_path / "cut", max_train_steps=1, **options)
+    train(bases["tiny"], data, tmp_path / "cut", max_train_steps=3, **options)
+    changed = differing(tmp_path / "whole" / UNET, bases["tiny"] / UNET)
+    assert changed and all(".to_" in name and name.endswith("weight") for name in changed)
+    assert not differing(tmp_path / "whole" / UNET, tmp_path / "cut" / UNET)
+    saved = load_file(tmp_path / "whole" / "checkpoint-3" / "unet_lora.safetensors")
+    assert all("lora" in name for name in saved) and not (tmp_path / "whole" / "checkpoint-3" / "unet").exists()
+    prompt = {"prompt": "benign", "num_inference_steps": 2, "output_type": "np"}
+    merged = DiffusionPipeline.from_pretrained(tmp_path / "whole")
+    adapted = DiffusionPipeline.from_pretrained(bases["tiny"])
+    adapted.load_lora_weights(tmp_path / "whole")
+    drawn = [pipe(**prompt, generator=torch.Generator().manual_seed(0)).images for pipe in (merged, adapted)]
+    assert np.allclose(drawn[0], drawn[1], atol=1e-4)
+
+
+def test_the_card_tells_what_was_trained(bases, data, tmp_path):
+    train(bases["tiny"], data, tmp_path, max_train_steps=1)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\n") and "9 images at\n64 px: PTC 7, FTC 1, benign 1" in card
+    assert "code at git commit" in card and "max_train_steps: 1" in card
+
+
+def test_only_the_model_is_uploaded(bases, data, tmp_path, monkeypatch):
+    """Not the validation grids, which show real images, nor caches and checkpoints."""
+    assert "--push_to_hub needs a token" in refusal(
+        pretrain.main, pretrained_model=bases["tiny"], data_dir=data, output_dir=tmp_path, push_to_hub="true"
+    )
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    sent = {}
+
+    def upload(self, *, repo_id, folder_path, allow_patterns):
+        names = (path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*") if path.is_file())
+        sent[repo_id] = sorted(filter_repo_objects(names, allow_patterns=allow_patterns))
+        return "https://huggingface.co/x"
+
+    def create(self, repo_id, *, private, exist_ok):
+        assert private
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    out = tmp_path / "thyroid"
+    train(bases["tiny"], data, out, max_train_steps=1, validation_steps=1, push_to_hub="true")
+    folders = {name.partition("/")[0] for name in sent["me/thyroid"]}
+    parts = {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    assert folders == parts | {"README.md", "config.yaml", "model_index.json"}
+
+
+def test_sharding_is_refused(bases, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    said = refusal(pretrain.main, pretrained_model=bases["tiny"], data_dir=data, output_dir=tmp_path)
+    assert "accelerate is configured for FSDP" in said
+
+
+def test_a_tracker_that_is_missing_is_named(bases, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = refusal(pretrain.main, pretrained_model=bases["tiny"], data_dir=data, output_dir=tmp_path, report_to="wandb")
+    assert "--report_to wandb needs wandb" in said
+
+
 def test_the_trained_model_is_a_base_in_turn(bases, data, tmp_path):
     train(bases["tiny"], data, tmp_path / "first", max_train_steps=1)
     train(tmp_path / "first", data, tmp_path / "second", max_train_steps=1)
@@ -103,7 +228,8 @@ def test_dry_run_writes_nothing(bases, data, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     said = capsys.readouterr().out
     assert "9 images of 9 patients at 64 px: PTC 7, FTC 1, benign 1" in said
-    assert "M parameters trained" in said and "2 steps of 2 images" in said
+    assert "M parameters trained" in said and "2 steps of 2 images, 0.4 epochs" in said
+    assert "GiB a process" in said and "GFLOP an image" in said
 
 
 def refused(base: Path, data: Path, output_dir: Path, **values: object) -> str:

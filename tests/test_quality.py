@@ -1,15 +1,14 @@
-"""Metrics against reference values and oracles that nobody here made; the comparison of two manifests."""
+"""Likeness of two images against reference values that nobody here made; the comparison of two manifests."""
 
 import json
 from pathlib import Path
 
+import imagehash
 import numpy as np
-import prdc
 import pytest
-import scipy.linalg
 import skimage.data
 from eval_samples import write_dataset
-from sklearn.metrics.pairwise import polynomial_kernel
+from PIL import Image
 
 from eval import images, quality, similarity
 from tiger.errors import InputError, run
@@ -18,85 +17,62 @@ from tiger.manifest import Manifest
 CLASSES = {"benign": 16, "FTC": 16}
 
 
-def gaussians(n: int, d: int, *, shift: float = 0.0, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) + shift
-
-
-def fid_with_matrix_root(a: np.ndarray, b: np.ndarray) -> float:
-    """As Heusel et al. compute it."""
-    root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T))
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * np.real(root)))
-
-
-@pytest.mark.parametrize(("n", "m"), [(300, 200), (20, 300), (300, 18)])
-def test_fid_is_the_formula_for_many_and_for_few_images(n: int, m: int) -> None:
-    a, b = gaussians(n, 24), gaussians(m, 24, shift=0.3, seed=1)
-    assert quality.fid(a, b) == pytest.approx(fid_with_matrix_root(a, b), rel=1e-4)
-    assert quality.fid(a, b) == pytest.approx(quality.fid(b, a), rel=1e-9)
-    assert quality.fid(a, a) == pytest.approx(0, abs=1e-5)
-
-
-def test_fid_of_known_gaussians() -> None:
-    """|μ|² + Σ(σa − σb)² for axis-aligned Gaussians; 5000 samples, D = 4: bias of about 0.01."""
-    rng = np.random.default_rng(0)
-    a = rng.normal(size=(5000, 4)) * [1, 2, 3, 4]
-    b = rng.normal(size=(5000, 4)) * [2, 2, 2, 2] + [1, 0, 0, 0]
-    assert quality.fid(a, b) == pytest.approx(1 + 1 + 0 + 1 + 4, rel=0.05)
-
-
-def test_fid_floor_grows_as_images_become_few() -> None:
-    """Same distribution, D = 64: n = 50 gives about 42."""
-    rng = np.random.default_rng(0)
-    few = [quality.fid(rng.normal(size=(50, 64)), rng.normal(size=(50, 64))) for _ in range(5)]
-    assert np.mean(few) == pytest.approx(42, abs=3)
-
-
-def test_kid_is_the_unbiased_estimator() -> None:
-    a, b = gaussians(60, 10), gaussians(45, 10, shift=0.5, seed=2)
-    xx, yy, xy = (polynomial_kernel(*p, degree=3, gamma=1 / 10, coef0=1) for p in ((a, a), (b, b), (a, b)))
-    np.fill_diagonal(xx, 0)
-    np.fill_diagonal(yy, 0)
-    expected = xx.sum() / (60 * 59) + yy.sum() / (45 * 44) - 2 * xy.mean()
-    assert quality.kid(a, b) == pytest.approx(expected, rel=1e-10)
-    assert quality.kid(a[:30], b[:30], subset_size=30, subsets=2) == pytest.approx(quality.kid(a[:30], b[:30]))
-    assert quality.kid(a, b, subset_size=20, subsets=400) == pytest.approx(expected, rel=0.1)
-    with pytest.raises(ValueError, match="subset_size 50 exceeds the 45"):
-        quality.kid(a, b, subset_size=50)
-
-
-def test_kid_of_equal_distributions_is_zero_on_average() -> None:
-    rng = np.random.default_rng(3)
-    values = [quality.kid(rng.normal(size=(20, 8)), rng.normal(size=(20, 8))) for _ in range(300)]
-    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(300)
-
-
-@pytest.mark.parametrize("block", [2048, 33])
-def test_neighbourhood_metrics_are_those_of_prdc(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(quality, "BLOCK", block)
-    real, fake = gaussians(200, 12), 0.8 * gaussians(150, 12, shift=0.2)
-    expected = prdc.compute_prdc(real, fake, nearest_k=4)
-    assert quality.density_coverage(real, fake, k=4) == pytest.approx((expected["density"], expected["coverage"]))
-    assert quality.precision_recall(real, fake, k=4) == pytest.approx((expected["precision"], expected["recall"]))
-    assert 0.05 < expected["coverage"] < 0.95
-    with pytest.raises(ValueError, match="needs more than 4 images"):
-        quality.density_coverage(real[:4], fake, k=4)
-
-
-def test_coverage_of_equal_distributions() -> None:
-    """Naeem et al. 2020: 1 − 1 / 2^k in the limit; 0.969 for k = 5."""
-    rng = np.random.default_rng(4)
-    found = quality.density_coverage(rng.normal(size=(2000, 16)), rng.normal(size=(2000, 16)), k=5)
-    assert found[0] == pytest.approx(1.0, abs=0.05)
-    assert found[1] == pytest.approx(0.969, abs=0.01)
+# ------------------------------------------------------------------------------------------------------------ likeness
 
 
 def test_ssim_is_that_of_scikit_image() -> None:
     camera = skimage.data.camera()
     noise = 20 * np.random.RandomState(5).randn(*camera.shape)  # scikit-image's own tests have this figure
     noisy = np.clip(camera + noise, 0, 255).astype(camera.dtype)
-    assert similarity.ssim(camera, noisy) == pytest.approx(0.3674518327910367, abs=1e-12)
-    assert similarity.ssim(camera, camera) == 1.0
+    assert quality.ssim(camera, noisy) == pytest.approx(0.3674518327910367, abs=1e-12)
+    assert quality.ssim(camera, camera) == 1.0
+
+
+# Liu, Lin & Narwaria 2012, fig. 2, times 16; the other two are these, turned.
+HORIZONTAL = [[0, 0, 0, 0, 0], [1, 3, 8, 3, 1], [0, 0, 0, 0, 0], [-1, -3, -8, -3, -1], [0, 0, 0, 0, 0]]
+DIAGONAL = [[0, 0, 1, 0, 0], [0, 8, 3, 0, 0], [1, 3, 0, -3, -1], [0, 0, -3, -8, 0], [0, 0, -1, 0, 0]]
+
+
+def test_gradient_similarity_is_the_formula_of_the_paper() -> None:
+    """Pixel by pixel, as printed: K' = 200, p = 0.1."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 255, (2, 9, 7)).astype(np.uint8)
+    padded = [np.pad(image.astype(float), 2, mode="reflect") for image in (x, y)]
+    kernels = [np.rot90(kernel, turns) / 16 for kernel in (HORIZONTAL, DIAGONAL) for turns in (0, 1)]
+    values = []
+    for i, j in np.ndindex(x.shape):
+        blocks = [image[i : i + 5, j : j + 5] for image in padded]
+        gradients = [max(abs(float((block * kernel).sum())) for kernel in kernels) for block in blocks]
+        g = 1.0  # in the corners, where the reflected block is symmetric, there is no gradient
+        if max(gradients) > 0:
+            r, k = abs(gradients[0] - gradients[1]) / max(gradients), 200 / max(gradients)
+            g = (2 * (1 - r) + k) / (1 + (1 - r) ** 2 + k)
+        e = 1 - ((float(x[i, j]) - float(y[i, j])) / 255) ** 2
+        weight = 0.1 * g
+        values.append((1 - weight) * g + weight * e)
+    assert quality.gradient_similarity(x, y) == pytest.approx(np.mean(values), abs=1e-6)
+
+
+def test_gradient_similarity_of_simple_images() -> None:
+    flat = np.full((16, 16), 100, np.uint8)
+    # No gradient on either side: g = 1, weight 0.1, and luminance differs by 51 of 255 grey levels.
+    assert quality.gradient_similarity(flat, flat + 51) == pytest.approx(0.9 + 0.1 * (1 - 0.2**2), abs=1e-6)
+    camera = skimage.data.camera()[::4, ::4]
+    noise = np.random.default_rng(0).normal(size=camera.shape)
+    noisy = [np.clip(camera + spread * noise, 0, 255).astype(np.uint8) for spread in (10, 40)]
+    assert quality.gradient_similarity(camera, camera) == pytest.approx(1)
+    values = [quality.gradient_similarity(camera, other) for other in noisy]
+    assert 1 > values[0] > values[1] > 0
+    assert quality.gradient_similarity(noisy[1], camera) == pytest.approx(values[1])
+
+
+def test_perceptual_hash_is_that_of_imagehash() -> None:
+    camera = skimage.data.camera()
+    assert f"{similarity.phash(camera):016x}" == str(imagehash.phash(Image.fromarray(camera)))
+    other = camera[::-1].copy()
+    expected = imagehash.phash(Image.fromarray(camera)) - imagehash.phash(Image.fromarray(other))
+    assert similarity.phash_distance(camera, other) == expected > 10
+    assert similarity.phash_distance(camera, np.clip(camera.astype(int) + 2, 0, 255).astype(np.uint8)) <= 2
 
 
 # ----------------------------------------------------------------------------------------------------------- manifests
@@ -106,10 +82,15 @@ class Histogram:
     """An extractor that takes no time: the levels of 4×4 blocks."""
 
     name = "block means"
+    resize = "none"
+    head = (np.random.default_rng(0).normal(0, 0.02, (5, 16)), np.zeros(5))
 
     def __call__(self, images) -> np.ndarray:
         means = [image.reshape(4, image.shape[0] // 4, 4, -1).mean((1, 3)).ravel() for image in images]
         return np.array(means, np.float32)
+
+    def positions(self, images) -> list[np.ndarray]:
+        return [image.reshape(16, 2, 16, 2).transpose(0, 2, 1, 3).reshape(-1, 4).astype(np.float32) for image in images]
 
 
 @pytest.fixture
@@ -160,6 +141,16 @@ def test_uneven_patients_still_give_equal_sets() -> None:
         assert not set(a) & set(b)
 
 
+def test_cmmd_is_of_features_at_length_1() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 30, 8)) + np.array([[[0.0]], [[0.5]]])
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b)]
+    found = quality.feature_metrics(a * rng.uniform(1, 9, (30, 1)), b)
+    assert (found["cmmd"], found["cmmd_unbiased"]) == pytest.approx(
+        (quality.cmmd(*unit), quality.cmmd(*unit, unbiased=True))
+    )
+
+
 def test_report(sets: tuple[Manifest, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, fake = sets
     given = ["--real", str(real.root), "--fake", str(fake.root), "--cache_dir", str(tmp_path / "cache")]
@@ -170,17 +161,40 @@ def test_report(sets: tuple[Manifest, Manifest], tmp_path: Path, monkeypatch: py
     assert set(report["per_class"]) == {"benign", "FTC"}
     assert report["overall"]["n"] == 20
     for part in (report["overall"], *report["per_class"].values()):
-        for metric in ("fid", "kid", "density", "coverage", "precision", "recall"):
+        for metric in ("fid", "kid", "cmmd", "cmmd_unbiased", "density", "coverage", "precision", "recall"):
             assert part[metric]["low"] <= part[metric]["value"] <= part[metric]["high"]
             assert "floor" in part[metric]
             assert metric not in quality.SHARES or 0 <= part[metric]["low"] <= part[metric]["high"] <= 1
-        assert set(part["ssim"]) == {"random", "random real", "condition", "nearest", "nearest real"}
+        for measure in ("ssim", "gradient_similarity", "phash_distance"):
+            assert set(part[measure]) == {"random", "random real", "condition", "nearest", "nearest real"}
+        assert not {"fid_infinity", "geometry_score", "inception_score", "sifid"} & part.keys()
     for metric in ("fid", "kid"):  # just as good as real ones
         entry = report["overall"][metric]
         assert entry["floor"] <= entry["high"] + (entry["high"] - entry["low"])
     quality.main([*given, "--output", str(tmp_path / "again.json")])
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["overall"] == report["overall"]
+
+
+def test_all_metrics_on_request(
+    sets: tuple[Manifest, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "SLOW_RESAMPLES", 4)
+    monkeypatch.setattr(quality, "REPEATS", 2)
+    monkeypatch.setattr(quality.topology, "LANDMARKS", 15)
+    monkeypatch.setattr(quality, "geometry_score", lambda a, b: quality.topology.geometry_score(a, b, 15, trials=3))
+    real, fake = sets
+    given = ["--real", str(real.root), "--fake", str(fake.root), "--cache_dir", str(tmp_path), "--metrics", "all"]
+    quality.main([*given, "--output", str(tmp_path / "quality.json")])
+    report = json.loads((tmp_path / "quality.json").read_text())
+    for metric in ("fid_infinity", "geometry_score", "inception_score"):
+        entry = report["overall"][metric]
+        assert entry["low"] <= entry["value"] <= entry["high"]
+        assert np.isfinite(entry["floor"])
+    assert 1 <= report["overall"]["inception_score"]["value"] <= 5
+    assert "geometry_score" not in report["per_class"]["FTC"]  # 11 images, 15 landmarks
+    assert report["overall"]["sifid"]["condition"]["value"] > 0
+    assert report["overall"]["sifid"]["random real"]["n"] > 20
 
 
 def test_worse_images_score_worse(sets: tuple[Manifest, Manifest], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
+from statsmodels.stats.proportion import proportion_confint
 
 from eval import statistics
 
@@ -68,6 +69,12 @@ def test_wilson_interval_of_newcombe() -> None:
         statistics.wilson_ci(5, 4)
 
 
+def test_wilson_interval_is_that_of_statsmodels() -> None:
+    for k, n in ((0, 7), (3, 7), (7, 7), (81, 263), (1, 1000)):
+        expected = proportion_confint(k, n, alpha=0.05, method="wilson")
+        assert statistics.wilson_ci(k, n) == pytest.approx(expected, abs=1e-12)
+
+
 def test_hosmer_lemeshow_by_hand() -> None:
     y = np.array([0, 0, 1, 0, 1, 1])
     p = np.array([0.1, 0.2, 0.3, 0.6, 0.7, 0.8])
@@ -98,6 +105,17 @@ def test_bootstrap_over_patients_is_wider_where_images_of_a_patient_agree() -> N
     assert again == (value, low, high)
 
 
+def test_interval_of_a_mean_is_that_of_drawing_whole_groups() -> None:
+    rng = np.random.default_rng(6)
+    groups = rng.integers(0, 25, 90)  # of unequal size
+    values = rng.normal(size=25)[groups] + rng.normal(size=90)
+    found = statistics.mean_ci(values, groups, n=4000)
+    value, low, high = statistics.cluster_bootstrap_ci(lambda _, s: s.mean(), values, values, groups, 4000, 1)
+    assert found["value"] == pytest.approx(value)
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.03)
+    assert found["n"] == 90
+
+
 def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(4)
     covered = 0
@@ -111,11 +129,13 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
 
 def test_bootstrap_skips_resamples_without_a_class() -> None:
     y, s = np.array([0, 0, 0, 0, 0, 1]), np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-    value, low, high = statistics.cluster_bootstrap_ci(statistics.auc, y, s, np.arange(6), n=200, seed=0)
+    with pytest.warns(RuntimeWarning, match=r"undefined on \d+ of 200 resamples"):
+        value, low, high = statistics.cluster_bootstrap_ci(statistics.auc, y, s, np.arange(6), n=200, seed=0)
     assert (value, low, high) == (1.0, 1.0, 1.0)  # the one positive is in 1 - (5/6)^6 = 67 % of them
     y = np.array([0] * 30 + [1])
     s = np.arange(31.0)
-    low, high = statistics.cluster_bootstrap_ci(statistics.auc, y, s, [*["a"] * 15, *["b"] * 15, "c"], 200, 0)[1:]
+    with pytest.warns(RuntimeWarning, match="a class is missing"):
+        low, high = statistics.cluster_bootstrap_ci(statistics.auc, y, s, [*["a"] * 15, *["b"] * 15, "c"], 200, 0)[1:]
     assert low == high == 1.0
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tiger import checkpoint
+from tiger.errors import WorkFailed
+from tiger.guard import apply
 from tiger.stage import SampleNoise, image_grid
-from tiger.trainer import Ema, drop_lines_after, lr_factor, set_rates, train
+from tiger.tracking import drop_lines_after
+from tiger.trainer import Ema, lr_factor, set_rates, train
 
 ROWS = 10
 
@@ -30,6 +35,9 @@ class ToyData(torch.utils.data.Dataset):
 
     def texts(self, index: int) -> dict[str, str]:
         return {"text": str(index)}
+
+    def row(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(file_name=f"{index}.png")
 
 
 class ToyStage:
@@ -52,7 +60,7 @@ class ToyStage:
         x = batch["x"][:, None]
         drop = nn.functional.dropout(torch.ones_like(x), self.dropout)  # draws from torch's global generator
         error = drop * self.trainable(x / ROWS + 0.1 * noise.randn((1,))) - 2 * x
-        loss = error.square().mean() * (1 if self.model.weight.isfinite().all() else float("nan"))
+        loss = error.square().mean()
         return loss, {"loss": loss.detach()}
 
     def save(self, folder: Path) -> None:
@@ -73,7 +81,8 @@ def fit(output_dir: Path, stage: ToyStage | None = None, **changes: Any) -> bool
     output_dir.mkdir(exist_ok=True)
     options: dict[str, Any] = {
         "max_train_steps": 6, "train_batch_size": 4, "gradient_accumulation_steps": 1, "lr_scheduler": "cosine",
-        "lr_warmup_steps": 2, "max_grad_norm": 1.0, "ema_decay": 0.99, "seed": 0, "checkpointing_steps": 2,
+        "lr_warmup_steps": 2, "max_grad_norm": 1.0, "max_loss": 1000.0, "skip_bad_steps": 0, "ema_decay": 0.99,
+        "seed": 0, "checkpointing_steps": 2,
         "checkpoints_total_limit": 9, "validation_steps": 0, "log_steps": 2, "dataloader_num_workers": 0,
     }  # fmt: skip
     data: Any = ToyData()
@@ -84,6 +93,7 @@ def fit(output_dir: Path, stage: ToyStage | None = None, **changes: Any) -> bool
         None,
         output_dir=output_dir,
         config_text="",
+        card="",
         **options | changes,
     )
 
@@ -94,6 +104,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(a: Path, b: Path) -> bool:
     return all(torch.equal(value, weights(b)[name]) for name, value in weights(a).items())
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 class Killed(BaseException):
@@ -126,8 +140,8 @@ def test_metrics_hold_each_step_once_after_a_resume(tmp_path):
     with pytest.raises(Killed):
         fit(tmp_path, ToyStage(kill_at(5)), checkpointing_steps=3)  # logged up to 4, saved at 3
     fit(tmp_path, checkpointing_steps=3)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 6]
+    lines = read_log(tmp_path)
+    assert [line["step"] for line in lines] == [2, 3, 4, 6]  # a checkpoint closes a window: its mean is whole again
     assert {"loss", "grad_norm", "learning_rate", "images_per_second"} <= lines[0].keys()
 
 
@@ -148,7 +162,7 @@ def test_accumulation_is_a_larger_batch(tmp_path):
     for name, value in weights(tmp_path / "small").items():
         assert torch.allclose(value, weights(tmp_path / "large")[name], atol=1e-6)
     assert small.global_batches == large.global_batches and len(small.global_batches[0]) == 4
-    norms = [json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0]) for run in ("small", "large")]
+    norms = [read_log(tmp_path / run)[0] for run in ("small", "large")]
     assert norms[0]["grad_norm"] == pytest.approx(norms[1]["grad_norm"])
 
 
@@ -168,16 +182,57 @@ def test_a_longer_run_goes_on(tmp_path):
     assert same(tmp_path, tmp_path / "whole")
 
 
-def test_a_diverged_run_stops_and_saves_nothing_bad(tmp_path):
-    def poison(step: int) -> None:
-        if step == 2:
-            with torch.no_grad():
-                stage.model.weight.fill_(float("nan"))
+def poisoned(value: float, *steps: int) -> ToyStage:
+    """A stage whose loss is `value` in some steps (from 0)."""
+    stage = ToyStage()
+    stage.loss = lambda batch, noise, step: scaled(
+        ToyStage.loss(stage, batch, noise, step), value if step in steps else 1
+    )
+    return stage
 
-    stage = ToyStage(poison)
-    with pytest.raises(FloatingPointError, match="loss became nan between steps 2 and 3"):
-        fit(tmp_path, stage, checkpointing_steps=1)
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+def scaled(losses: tuple[torch.Tensor, dict[str, torch.Tensor]], factor: float):
+    loss = losses[0] * factor
+    return loss, {"loss": loss.detach()}
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(("factor", "named"), [(NAN, "loss nan, gradient norm nan"), (1e4, r"loss \d.*e\+0\d")])
+def test_a_diverged_run_names_step_and_images_and_saves_nothing_bad(tmp_path, factor, named):
+    stage = poisoned(factor, 4)
+    with pytest.raises(WorkFailed, match=rf"step 5 went wrong: {named}.* on .*\.png.*--skip_bad_steps") as error:
+        fit(tmp_path, stage, checkpointing_steps=3)
+    assert all(f"{text}.png" in str(error.value) for text in stage.global_batches[4])
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3"]
+
+
+def test_a_bad_step_is_skipped_as_if_it_had_not_been(tmp_path, capsys):
+    """Weights, optimizer and average stay bit for bit; the log counts the good steps alone."""
+    stage = poisoned(float("nan"), 2)
+    assert fit(tmp_path, stage, skip_bad_steps=1, checkpointing_steps=1, log_steps=6)
+    assert "warning: step 3 went wrong: loss nan" in capsys.readouterr().err
+    assert same(tmp_path / "checkpoint-2", tmp_path / "checkpoint-3")
+    assert not same(tmp_path / "checkpoint-3", tmp_path / "checkpoint-4")
+    before, after = (load_file(tmp_path / f"checkpoint-{n}" / "optimizer-0.safetensors") for n in (2, 3))
+    assert all(torch.equal(value, after[name]) for name, value in before.items()) and after["0.step"] == 2
+    assert all(isinstance(line["loss"], float) and line["loss"] == line["loss"] for line in read_log(tmp_path))
+
+
+def test_more_bad_steps_in_a_row_than_allowed_end_it(tmp_path):
+    fit(tmp_path / "apart", poisoned(float("nan"), 1, 3, 5), skip_bad_steps=1)
+    with pytest.raises(WorkFailed, match="step 3 went wrong"):
+        fit(tmp_path / "together", poisoned(float("nan"), 1, 2), skip_bad_steps=1)
+
+
+def test_an_optimizer_without_a_device_flag_skips_too():
+    weight = nn.Parameter(torch.ones(1))
+    for optimizer in (torch.optim.SGD([weight], lr=1.0), torch.optim.AdamW([weight], lr=1.0, fused=True)):
+        for bad in (1.0, 0.0):
+            weight.grad, before = torch.ones(1), weight.item()
+            apply([optimizer], [optimizer], torch.tensor(bad))
+            assert (weight.item() == before) == bool(bad)
 
 
 def test_sigterm_saves_and_resume_is_bit_equal(tmp_path):
@@ -199,6 +254,27 @@ def test_validation_changes_nothing(tmp_path):
     fit(tmp_path / "shown", validation_steps=4)
     assert same(tmp_path / "plain", tmp_path / "shown")
     assert sorted(path.name for path in (tmp_path / "shown" / "validation").iterdir()) == ["step-4.png", "step-6.png"]
+
+
+def test_a_grid_that_a_kill_prevented_is_drawn_on_resume(tmp_path):
+    stage = ToyStage()
+    stage.validate = lambda: (_ for _ in ()).throw(Killed())
+    with pytest.raises(Killed):
+        fit(tmp_path, stage, validation_steps=4)
+    stage = ToyStage()
+    fit(tmp_path, stage, validation_steps=4)
+    assert (tmp_path / "validation" / "step-4.png").exists() and len(stage.global_batches) == 2
+
+
+def test_a_torn_newest_checkpoint_never_costs_the_valid_one(tmp_path):
+    """With a limit of one, the torn checkpoint of a later step must not push out what was just saved."""
+    with pytest.raises(Killed):
+        fit(tmp_path, ToyStage(kill_at(5)), checkpointing_steps=2)
+    (tmp_path / "checkpoint-4" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(Killed):
+        fit(tmp_path, ToyStage(kill_at(3)), checkpointing_steps=1, checkpoints_total_limit=1)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert checkpoint.newest_valid(tmp_path) == tmp_path / "checkpoint-3"
 
 
 def test_reading_ahead_changes_nothing(tmp_path):

@@ -182,9 +182,11 @@ def train_autoencoder(args: argparse.Namespace) -> None:
         posterior = vae.encode(x, return_dict=False)[0]
         y = vae.decode(posterior.sample(), return_dict=False)[0]  # type: ignore[arg-type]
         reconstruction, feature = (x - y).abs().mean(), perceptual(x, y)
+        structure = F.avg_pool2d(x - y, 4).abs().mean()  # grain may lie anywhere, but must not shift what lies below it
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         spectrum = spectral(x, y)
-        loss = reconstruction + args.perceptual_weight * feature + args.kl_weight * kl + args.spectrum_weight * spectrum
+        loss = reconstruction + args.structure_weight * structure + args.perceptual_weight * feature
+        loss = loss + args.kl_weight * kl + args.spectrum_weight * spectrum
         if adversarial:
             fool = -critic(y).mean()
             if step % 25 == 0 or balance is None:  # keep both gradients in proportion; measuring it costs half a step
@@ -204,7 +206,13 @@ def train_autoencoder(args: argparse.Namespace) -> None:
             hinge.backward()
             critic_optimizer.step()
         if step % 100 == 0:
-            parts = {"l1": reconstruction, "perceptual": feature, "kl": kl, "spectrum": spectrum}
+            parts = {
+                "l1": reconstruction,
+                "structure": structure,
+                "perceptual": feature,
+                "kl": kl,
+                "spectrum": spectrum,
+            }
             losses.append({"step": step} | {name: round(value.item(), 4) for name, value in parts.items()})
             bar.set_postfix({name: f"{value.item():.3f}" for name, value in parts.items()})
         if step % 1000 == 999 or step == total - 1:
@@ -423,6 +431,7 @@ def main(argv: list[str] | None = None) -> None:
     autoencoder = commands.choices["autoencoder"]
     autoencoder.add_argument("--pretrained_vae", type=Path, help="go on from this autoencoder; default: from nothing")
     autoencoder.add_argument("--reconstruction_share", type=float, default=0.8, help="steps before the PatchGAN joins")
+    autoencoder.add_argument("--structure_weight", type=float, default=0.0, help="on means of 4x4 pixels")
     autoencoder.add_argument("--perceptual_weight", type=float, default=0.2)
     autoencoder.add_argument("--adversarial_weight", type=float, default=0.5, help="relative to the other gradients")
     autoencoder.add_argument("--kl_weight", type=float, default=5e-4)

@@ -35,8 +35,7 @@ def save(output_dir: str | Path, step: int, write: Callable[[Path], None]) -> Pa
         files = sorted(path for path in staging.rglob("*") if path.is_file())
         hashes = {path.relative_to(staging).as_posix(): sha256(path) for path in files}
         (staging / MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=2) + "\n", encoding="utf-8")
-        for path in [*files, staging / MANIFEST, *(path for path in staging.rglob("*") if path.is_dir()), staging]:
-            fsync(path)
+        fsync_all(staging)
         readable_by_umask(staging)
         shutil.rmtree(
             final, ignore_errors=True
@@ -58,10 +57,17 @@ def newest_valid(output_dir: str | Path) -> Path | None:
     return None
 
 
-def rotate(output_dir: str | Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints, and what interrupted saves left behind. For right after a save."""
-    for folder in sorted(checkpoints(output_dir), key=step_of)[:-keep]:
-        shutil.rmtree(folder)
+def rotate(output_dir: str | Path, keep: int, newest: int) -> None:
+    """Delete all but the `keep` last checkpoints up to step `newest`, which must be a valid one.
+
+    Later ones go too: they are torn, as training would have gone on from there otherwise. So does what interrupted
+    saves left behind.
+    """
+    found = sorted(checkpoints(output_dir), key=step_of)
+    kept = [folder for folder in found if step_of(folder) <= newest][-keep:]
+    for folder in found:
+        if folder not in kept:
+            shutil.rmtree(folder)
     for folder in Path(output_dir).glob(".checkpoint-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -97,9 +103,12 @@ def publish(output_dir: str | Path, step: int, export: Callable[[Path], None]) -
     model_index.json goes first and comes last: what a crash leaves behind is never taken for a model.
     """
     output_dir = Path(output_dir)
+    for leftover in output_dir.glob(".model.*"):  # of an interrupted call
+        shutil.rmtree(leftover)
     staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=".model."))
     try:
         export(staging)
+        fsync_all(staging)
         (output_dir / "model_index.json").unlink(missing_ok=True)
         for part in sorted(staging.iterdir(), key=lambda path: path.name == "model_index.json"):
             target = output_dir / part.name
@@ -149,7 +158,8 @@ def load_optimizer(optimizer: "torch.optim.Optimizer", path: str | Path) -> None
     )
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            if value.shape == parameter.shape:  # laid out in memory as the parameter is, or fused kernels mix it up
+            if getattr(value, "shape", None) == parameter.shape and value.dtype == parameter.dtype:
+                # Laid out in memory as the parameter is, or fused kernels mix it up.
                 values[name] = parameter.detach().clone().copy_(value)
 
 
@@ -162,6 +172,12 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_all(folder: Path) -> None:
+    """Force a folder and all in it to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        fsync(path)
 
 
 def fsync(path: Path) -> None:

@@ -27,6 +27,7 @@ class Components:
     tokenizer: "CLIPTokenizer"
     scheduler: "DDIMScheduler"  # for sampling, and saved with the model
     noise_schedule: "DDPMScheduler"  # the same for training
+    source: str = ""  # the folder or hub id it was loaded from
 
     def to(self, device: "torch.device") -> None:
         """Move the networks, convolutions in the memory format that is fastest for them."""
@@ -97,7 +98,7 @@ def load_components(name: str) -> Components:
     import diffusers
     import torch
     import transformers
-    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
     from transformers import CLIPTextModel, CLIPTokenizer
 
     diffusers.utils.logging.disable_progress_bar()
@@ -109,7 +110,7 @@ def load_components(name: str) -> Components:
         schedule: Any = DDIMScheduler.load_config(name, subfolder="scheduler")
         schedule.setdefault("clip_sample", False)  # DDIM's own default, True, is for pixels
         vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **options)
-        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **options)
+        unet = load_unet(name)
         text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
     except (OSError, ValueError) as error:
@@ -119,4 +120,14 @@ def load_components(name: str) -> Components:
         network.requires_grad_(False).eval()
     sampler: Any = DDIMScheduler.from_config(schedule)
     noise_schedule: Any = DDPMScheduler.from_config(schedule)
-    return Components(vae, unet, text_encoder, tokenizer, sampler, noise_schedule)
+    return Components(vae, unet, text_encoder, tokenizer, sampler, noise_schedule, name)
+
+
+def load_unet(source: str) -> "UNet2DConditionModel":
+    """The U-Net of a base, in float32."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(
+        source, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True
+    )

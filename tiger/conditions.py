@@ -3,6 +3,7 @@
 Arrays are HxW uint8; masks hold 0 and 255. An image's x axis points right and its y axis down (to deeper tissue).
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,19 @@ def sobel_map(image: Gray) -> Gray:
     return _to_uint8(cv2.blur(edges, (7, 7)) * 1.5)
 
 
+def boundary_map(image: Gray, mask: Gray) -> Gray:
+    """The Sobel map with the mask's boundary drawn into it at 255, just outside the mask: HxW uint8 → HxW uint8.
+
+    As thick as a 512 px image's line of 2 px. It lies outside so that `blank_nodule` leaves it.
+    Raises InputError when the two differ in size.
+    """
+    if image.shape != mask.shape:
+        raise InputError(f"the mask is {mask.shape[::-1]}, the image {image.shape[::-1]}: make them agree")
+    thickness = max(1, round(2 * max(image.shape) / 512))
+    outline = (_grow(mask, thickness) > 0) & (mask == 0)
+    return np.where(outline, 255, sobel_map(image)).astype(np.uint8)
+
+
 def blank_nodule(edges: Gray, mask: Gray) -> Gray:
     """The Sobel map with zeros inside the mask, so that the background says nothing of the nodule."""
     return np.where(mask > 0, 0, edges).astype(np.uint8)
@@ -181,33 +195,53 @@ def centroid(mask: Gray) -> tuple[float, float]:
     return float(x.mean()), float(y.mean())
 
 
-def pole_bounds(organ_mask: Gray, location: str, plane: str | None) -> tuple[int, float, float]:
-    """(axis, low, high): a centroid is in the pole `location` when low ≤ its coordinate on `axis` < high.
+def pole_bounds(
+    organ_mask: Gray,
+    location: str | None,
+    plane: str | None,
+    parts: Sequence[str] = POLES,
+    part_axis: Mapping[str, str] = POLE_AXIS,
+) -> tuple[int, float, float]:
+    """(axis, low, high): a centroid is in the part `location` of the organ when low ≤ its coordinate on `axis` < high.
 
-    The organ's extent along the axis of POLE_AXIS is cut into three equal parts, in the order of POLES.
-    axis: 0 is x, 1 is y. Raises InputError on an unknown location or plane, or an empty organ.
+    The organ's extent is cut into as many equal parts as there are; None is all of it.
+
+    Args:
+        parts: names of the parts, from the image's left or top (an organ's knowledge base: `placement.parts`).
+        part_axis: plane → the axis they lie along, horizontal or vertical (`placement.axis`).
+    Returns axis 0 for x, 1 for y. Raises InputError on an unknown location or plane, or an empty organ.
     """
-    if location not in POLES:
-        raise InputError(f"location {location!r} is not one of {', '.join(POLES)}")
+    if location is not None and location not in parts:
+        raise InputError(f"location {location!r} is not one of {', '.join(parts)}")
     view = (plane or "longitudinal").split()[0]
-    if view not in POLE_AXIS:
-        raise InputError(f"plane {plane!r} is not one of {', '.join(POLE_AXIS)}")
-    axis = 0 if POLE_AXIS[view] == "horizontal" else 1
+    if location is not None and view not in part_axis:
+        raise InputError(f"plane {plane!r} is not one of {', '.join(part_axis)}")
+    axis = 1 if part_axis.get(view) == "vertical" else 0
     positions = np.flatnonzero(organ_mask.any(axis=axis))
     if not len(positions):
         raise InputError("the organ mask is empty: no pole to place the nodule in")
     start, length = float(positions[0]), float(positions[-1] - positions[0] + 1)
-    third = POLES.index(location)
-    return axis, start + length * third / 3, start + length * (third + 1) / 3
+    if location is None:
+        return axis, start, start + length
+    part = parts.index(location)
+    return axis, start + length * part / len(parts), start + length * (part + 1) / len(parts)
 
 
-def place_mask(mask: Gray, organ_mask: Gray, location: str, plane: str | None, rng: np.random.Generator) -> Gray:
-    """Move a nodule mask so that its centroid falls in the asked third of the organ.
+def place_mask(
+    mask: Gray,
+    organ_mask: Gray,
+    location: str | None,
+    plane: str | None,
+    rng: np.random.Generator,
+    parts: Sequence[str] = POLES,
+    part_axis: Mapping[str, str] = POLE_AXIS,
+) -> Gray:
+    """Move a nodule mask so that its centroid falls in the asked part of the organ (see `pole_bounds`).
 
     The new place is drawn uniformly among those where the mask lies best within the organ; it never leaves the image.
-    A mask that no place in that third holds to three quarters within the organ is shrunk in steps of 10 %.
+    A mask that no place in that part holds to three quarters within the organ is shrunk in steps of 10 %.
     """
-    axis, low, high = pole_bounds(organ_mask, location, plane)
+    axis, low, high = pole_bounds(organ_mask, location, plane, parts, part_axis)
     patch = _crop(mask)
     while True:
         height, width = patch.shape
@@ -263,6 +297,24 @@ def vary_mask(mask: Gray, rng: np.random.Generator) -> Gray:
         if 0.7 * area <= np.count_nonzero(varied) <= 1.3 * area:
             return varied
     return original
+
+
+def scale_mask(mask: Gray, area: int) -> Gray:
+    """The mask enlarged or shrunk, in proportion, to about `area` pixels, but no larger than the image; in its middle.
+
+    Raises InputError on an empty mask.
+    """
+    patch = _crop(mask)
+    factor = (area / np.count_nonzero(patch)) ** 0.5
+    height, width = (
+        min(most, max(1, round(side * factor))) for side, most in zip(patch.shape, mask.shape, strict=True)
+    )
+    patch = binarize(
+        np.array(Image.fromarray(patch).resize((width, height), Image.Resampling.BILINEAR), dtype=np.uint8)
+    )
+    if not patch.any():  # a sliver that bilinear shrinking loses
+        return mask
+    return _paste(patch, mask.shape, (mask.shape[1] - width) // 2, (mask.shape[0] - height) // 2)
 
 
 def largest_component(mask: Gray) -> Gray:

@@ -4,6 +4,7 @@ Later `--config` files override earlier ones, and flags override files. No heavy
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import re
 import subprocess
@@ -19,9 +20,11 @@ ConfigT = TypeVar("ConfigT")
 
 # Fields that may change between two runs of one training without changing what each step computes.
 FREE_ON_RESUME = {
-    "output_dir", "cache_dir", "max_train_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "output_dir", "cache_dir", "checkpointing_steps", "checkpoints_total_limit",
+    "train_batch_size", "gradient_accumulation_steps",  # their product, the global batch, is compared by launch
     "validation_steps", "validation_images", "validation_inference_steps", "validation_split", "log_steps",
-    "text_cache_size", "dataloader_num_workers", "dry_run",
+    "max_loss", "skip_bad_steps", "report_to", "push_to_hub", "hub_model_id",
+    "text_cache_size", "dataloader_num_workers", "gradient_checkpointing", "dry_run",
 }  # fmt: skip
 PATHS = {"pretrained_model", "data_dir"}
 
@@ -42,12 +45,18 @@ class TrainConfig:
         train_batch_size: images per process and forward pass
         gradient_accumulation_steps: forward passes per optimizer step
         max_train_steps: optimizer steps
+        num_train_epochs: passes over the training images, mirrored ones too, in place of max_train_steps
         learning_rate: peak learning rate, not scaled by batch or processes
         lr_scheduler: course of the learning rate after warm-up, down to 0 at max_train_steps unless constant
         lr_warmup_steps: optimizer steps of linear warm-up, with every scheduler
         adam_weight_decay: AdamW's weight decay
         max_grad_norm: gradients are scaled down to this global norm
+        max_loss: a step with a higher loss, or with numbers that are not finite, changes nothing and ends the training
+            (predicting zeros would give a loss of about 1)
+        skip_bad_steps: such steps are left out, up to this many in a row, before the training ends
         snr_gamma: min-SNR-gamma weighting of the loss (5 is usual); default: off
+        noise_offset: standard deviation of an offset that the noise of a whole channel gets, for very dark and very
+            bright images (0.1 is usual)
         class_balance: rows are drawn in proportion to (their class's count)^-class_balance: 0 as they come, 1 every
             class equally often
         text_dropout: probability that a prompt is dropped (trained for classifier-free guidance)
@@ -60,10 +69,17 @@ class TrainConfig:
         validation_images: images in the grid
         validation_inference_steps: sampler steps for the grid
         log_steps: optimizer steps averaged in each log line
+        report_to: where figures and grids are shown besides metrics.jsonl; wandb must be installed, and writes to
+            output_dir/wandb unless WANDB_MODE=online
+        push_to_hub: upload the finished model to a private repository on huggingface.co
+        hub_model_id: that repository, as user/name; default: the output folder's name
         cache_dir: where encoded images are kept, shareable between runs; default: output_dir/cache
         text_cache_size: distinct prompts whose embeddings are kept in memory while the text encoder is frozen (0.3 MB
             each at the width of SD-2.1)
         dataloader_num_workers: processes that read ahead; 0: none
+        gradient_checkpointing: keep fewer activations and compute them again: less memory, about a third more time
+        use_8bit_adam: keep AdamW's moments in 8 bits, a quarter of their memory; needs bitsandbytes
+        compile: compile the blocks that the networks repeat (torch.compile): minutes at the start, faster on a GPU
         dry_run: check everything, print sizes and counts, train nothing
     """
 
@@ -78,12 +94,16 @@ class TrainConfig:
     train_batch_size: int = 4
     gradient_accumulation_steps: int = 1
     max_train_steps: int = 10000
+    num_train_epochs: float | None = None
     learning_rate: float = 1e-5
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = 500
     adam_weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    max_loss: float = 100.0
+    skip_bad_steps: int = 0
     snr_gamma: float | None = None
+    noise_offset: float = 0.0
     class_balance: float = 0.0
     text_dropout: float = 0.1
     use_ema: bool = False
@@ -95,9 +115,15 @@ class TrainConfig:
     validation_images: int = 4
     validation_inference_steps: int = 20
     log_steps: int = 10
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
     cache_dir: str | None = None
     text_cache_size: int = 20000
     dataloader_num_workers: int = 0
+    gradient_checkpointing: bool = False
+    use_8bit_adam: bool = False
+    compile: bool = False
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -106,16 +132,24 @@ class TrainConfig:
             "checkpoints_total_limit", "validation_images", "validation_inference_steps", "log_steps",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, name, self, "must be at least 1")
-        for name in ("lr_warmup_steps", "validation_steps", "text_cache_size", "dataloader_num_workers", "seed"):
+        for name in (
+            "lr_warmup_steps", "validation_steps", "text_cache_size", "dataloader_num_workers", "seed",
+            "skip_bad_steps", "noise_offset",
+        ):  # fmt: skip
             require(getattr(self, name) >= 0, name, self, "must not be negative")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "max_loss"):
             require(getattr(self, name) > 0, name, self, "must be positive")
         require(self.adam_weight_decay >= 0, "adam_weight_decay", self, "must not be negative")
+        require(
+            self.num_train_epochs is None or self.num_train_epochs > 0, "num_train_epochs", self, "must be positive"
+        )
         require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self, "must be positive")
         require(self.resolution is None or self.resolution >= 8, "resolution", self, "must be at least 8 pixels")
         require(0 <= self.class_balance <= 1, "class_balance", self, "must lie in 0..1")
         require(0 <= self.text_dropout <= 1, "text_dropout", self, "must lie in 0..1")
         require(0 <= self.ema_decay < 1, "ema_decay", self, "must lie in 0..1, below 1")
+        if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError("--use_8bit_adam needs bitsandbytes: pip install 'bitsandbytes>=0.50,<1'")
         if Path(self.output_dir).resolve() == Path(self.pretrained_model).resolve():
             raise InputError(
                 f"--output_dir and --pretrained_model are the same folder, {self.output_dir}: the base would be "
@@ -129,9 +163,16 @@ class PretrainConfig(TrainConfig):
 
     Args:
         train_text_encoder: also train the text encoder
+        lora_rank: train low-rank adapters of the U-Net's attention instead of its weights; they are merged into the
+            finished model, and saved beside it; default: off
     """
 
     train_text_encoder: bool = False
+    lora_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.lora_rank is None or self.lora_rank >= 1, "lora_rank", self, "must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -188,10 +229,14 @@ class GenerationConfig:
             classes (auto)
         knowledge: vocabulary of the organ: a name in configs/knowledge or a YAML file
         branches: both encoders in one pass, one of them alone, or the nodule first and then its surroundings
-        steps: sampler steps
-        scheduler: sampler
+        steps: sampler steps; ddim wants about 50
+        scheduler: sampler; the paper's is ddim
         guidance_scale: weight of the prompt (classifier-free guidance; 1: off)
         guidance_rescale: 0..1, pulls guided predictions back to the spread of unguided ones (arXiv:2305.08891)
+        guidance_interval: LOW,HIGH: guide only while the timestep is within these shares of the noise schedule, 0 at
+            the image and 1 at pure noise (arXiv:2404.07724); steps outside cost half
+        reuse_encoder: run the U-Net's and the control encoders at every k-th step only, and decode their features at
+            the steps between as well (arXiv:2312.09608); 1: at every step
         control_uncond: what the unconditional branch gets: no control, as in the paper's eq. 13 (null), or control and
             an empty prompt (text)
         resolution_weighting: weigh each residual by 64 / its size (ControlNet, section 3.4)
@@ -199,9 +244,14 @@ class GenerationConfig:
         bg_scale: factor on the background encoder's residuals
         strength: refine: share of the noise schedule a real image goes through, 0..1; default: 0.6
         resolution: image side in pixels; default: what the model was made for
-        batch_size: images per forward pass; images are byte-equal only for equal batch sizes
+        batch_size: images per forward pass, all of one class; images are byte-equal only for equal batch sizes, so a
+            class's last batch is filled up and what is not asked for is dropped
+        dtype: number format of the networks; bfloat16 is for GPUs
+        channels_last: memory layout that GPUs like for convolutions
+        compile: compile the networks' blocks (torch.compile): minutes at the start, faster from then on
         seed: image i of a class is a function of (model, data, seed, class, i)
-        shard: k/n makes the k-th of n parts, k = 0 … n-1; each part may run on a machine of its own
+        shard: k/n makes the k-th of n parts, k = 0 … n-1; each part may run on a machine of its own, and
+            `accelerate launch` splits it over its processes
         device: cuda, cpu, …; auto takes a GPU where there is one
         dry_run: check everything, print what would be made, make nothing
     """
@@ -214,10 +264,12 @@ class GenerationConfig:
     prompts: Literal["auto", "train", "knowledge", "names", "estimated"] = "auto"
     knowledge: str = "thyroid"
     branches: Literal["fused", "fg", "bg", "fg_then_bg"] = "fused"
-    steps: int = 50
-    scheduler: Literal["ddim", "dpmsolver++", "unipc"] = "ddim"
+    steps: int = 20
+    scheduler: Literal["ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
+    guidance_interval: str = "0,1"
+    reuse_encoder: int = 1
     control_uncond: Literal["null", "text"] = "null"
     resolution_weighting: bool = False
     fg_scale: float = 1.0
@@ -225,13 +277,16 @@ class GenerationConfig:
     strength: float | None = None
     resolution: int | None = None
     batch_size: int = 8
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    channels_last: bool = False
+    compile: bool = False
     seed: int = 0
     shard: str = "0/1"
     device: str = "auto"
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "reuse_encoder"):
             require(getattr(self, name) >= 1, name, self, "must be at least 1")
         for name in ("seed", "fg_scale", "bg_scale"):
             require(getattr(self, name) >= 0, name, self, "must not be negative")
@@ -307,14 +362,21 @@ def check_resume(config: Any, saved: Path) -> None:
         )
     old = yaml.safe_load(text)
     new = dataclasses.asdict(config)
-    matter = [name for name in new if name in old and name not in FREE_ON_RESUME]
-    changed = [name for name in matter if differs(name, old[name], new[name])]
+    free = FREE_ON_RESUME | free_length(config)
+    changed = [name for name in new if name in old and name not in free and differs(name, old[name], new[name])]
     if changed:
         differences = "; ".join(f"--{name} was {old[name]}, is {new[name]}" for name in changed)
         raise InputError(
             f"{saved.parent} holds a training with other settings: {differences}. Give the old values to resume, or "
             "another --output_dir to start anew"
         )
+
+
+def free_length(config: Any) -> set[str]:
+    """Which of the two lengths of a training may change: both where the learning rate does not fall towards the end."""
+    if config.lr_scheduler == "constant":
+        return {"max_train_steps", "num_train_epochs"}
+    return set() if config.num_train_epochs is None else {"max_train_steps"}
 
 
 def differs(name: str, old: Any, new: Any) -> bool:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class TigerDataset(Dataset[dict[str, Any]]):
     sobel     (1, H, W) float32 in [0, 1]         (with conditions)
     text, text_fg, text_bg, label: str;  index: int
 
-    With random_flip there are twice as many items: the second half is the first half mirrored.
+    With random_flip there are twice as many items: the second half is the first half mirrored, encoded and cached like
+    any other image. There are no random crops: an image is encoded once, whole.
     """
 
     def __init__(
@@ -253,8 +254,9 @@ def read_index(folder: Path) -> dict[str, tuple[Path, int]]:
 
 
 def model_key(model: torch.nn.Module) -> str:
-    """Short hash of a diffusers model's configuration and weights."""
-    config = {key: value for key, value in model.config.items() if not key.startswith("_")}  # type: ignore[union-attr]
+    """Short hash of a model's weights, and of its configuration (not of transformers', which names versions)."""
+    settings = model.config if isinstance(model.config, Mapping) else {}
+    config = {key: value for key, value in settings.items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -265,17 +267,28 @@ def model_key(model: torch.nn.Module) -> str:
 class TextCache:
     """Text -> hidden states of a frozen text encoder, each distinct text encoded once; at most `limit` are kept."""
 
-    def __init__(self, encode: Callable[[list[str]], torch.Tensor], limit: int):
+    def __init__(self, encode: Callable[[list[str]], torch.Tensor], limit: int, device: torch.device | str = "cpu"):
+        """device: where the states are wanted. They are kept in main memory: thousands would fill a GPU."""
         self.encode = encode
         self.limit = limit
+        self.device = torch.device(device)
         self.states: dict[str, torch.Tensor] = {}  # text -> (L, D), on the CPU
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """(B,) texts -> (B, L, D) on the CPU. What the cache lacks is encoded in one batch."""
-        missing = list(dict.fromkeys(text for text in texts if text not in self.states))
+        """(B,) texts -> (B, L, D) on the device. What the cache lacks is encoded in one batch."""
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}  # prompts recur: each is moved once
+        missing = [text for text in rows if text not in self.states]
         fresh = dict(zip(missing, self.encode(missing).float().cpu(), strict=True)) if missing else {}
-        result = torch.stack([fresh[text] if text in fresh else self.states[text] for text in texts])
+        distinct = torch.stack([fresh[text] if text in fresh else self.states[text] for text in rows])
         for text in missing[: max(self.limit - len(self.states), 0)]:
             self.states[text] = fresh[text].clone()  # a view would keep its whole batch alive
-        return result
+        places = torch.tensor([rows[text] for text in texts])
+        return to_device(distinct, self.device)[to_device(places, self.device)]
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Move a tensor without waiting for the GPU: a copy from memory that is not pinned would."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -62,7 +62,8 @@ def latent_mask(mask: torch.Tensor, size: Any) -> torch.Tensor:
     """
     cover = F.adaptive_avg_pool2d(mask.float(), tuple(size))  # share of each cell inside the mask
     kept = cover >= 0.5
-    fullest = F.one_hot(cover.flatten(1).argmax(1), cover[0].numel()).view_as(cover).bool()  # one cell an image
+    cells = torch.arange(cover[0].numel(), device=cover.device)
+    fullest = (cells == cover.flatten(1).argmax(1, keepdim=True)).view_as(cover)  # one cell an image
     vanished = ~kept.flatten(1).any(1)[:, None, None, None] & (cover > 0)
     return (kept | (fullest & vanished)).to(mask.dtype if mask.is_floating_point() else torch.float32)
 

@@ -1,6 +1,7 @@
 """The fine stage: FG-Encoder, BG-Encoder and fusion learn to steer the frozen coarse U-Net (paper eq. 5-15)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,54 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from tiger import diffusion
-from tiger.components import Components
-from tiger.dataset import TextCache
+from tiger import diffusion, flops
+from tiger.components import Components, load_unet
+from tiger.dataset import TextCache, to_device
 from tiger.knowledge import Knowledge
-from tiger.model import DualControlNet, Residuals, separate_surrogate, unet_with_residuals
+from tiger.model import DualControlNet, Residuals, compile_blocks, separate_surrogate, unet_with_residuals
+from tiger.optimizer import adamw
 from tiger.pipeline import TigerPipeline
-from tiger.stage import Losses, SampleNoise, draw, image_grid, noised
+from tiger.stage import Losses, Noised, SampleNoise, draw, image_grid, noised
 from tiger.terms import TermFrequencies, token_weights
-from tiger.tokenizer import encode_text
+from tiger.tokenizer import MAX_LENGTH, encode_text
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # accelerate's name -> dtype
+
+
+@dataclass(frozen=True)
+class FineInputs:
+    """What the models take for a batch, on the device."""
+
+    z: Noised
+    mask: torch.Tensor  # (B, 1, H, W), 0 or 1
+    sobel: torch.Tensor  # (B, 1, H, W) in [0, 1]
+    states: torch.Tensor  # (B, L, D) of the joint prompt, for the U-Net
+    fg_states: torch.Tensor
+    bg_states: torch.Tensor
+    term_weights: torch.Tensor | None  # (B, L), for the FG-Encoder
+    fg_keep: torch.Tensor  # (B,) bool, False where a branch is dropped
+    bg_keep: torch.Tensor
+
+    @classmethod
+    def empty(cls, components: Components, side: int, term_weighting: str) -> "FineInputs":
+        """For one image of `side` pixels, of no particular values, on torch's default device."""
+        unet = components.unet.config
+        cells = side // components.vae_scale_factor
+        latents = torch.empty(1, unet["in_channels"], cells, cells)
+        states = torch.empty(1, MAX_LENGTH, unet["cross_attention_dim"])
+        condition = torch.empty(1, 1, side, side)
+        keep = torch.empty(1, dtype=torch.bool)
+        return cls(
+            z=Noised(latents, torch.empty(1, dtype=torch.long), latents, None),
+            mask=condition,
+            sobel=condition,
+            states=states,
+            fg_states=states,
+            bg_states=states,
+            term_weights=None if term_weighting == "off" else torch.empty(1, MAX_LENGTH),
+            fg_keep=keep,
+            bg_keep=keep,
+        )
 
 
 class FineStage:
@@ -40,13 +80,21 @@ class FineStage:
         weight_decay: float,
         snr_gamma: float | None,
         timestep_sampling: str,
+        noise_offset: float,
         text_dropout: float,
         fg_dropout: float,
         bg_dropout: float,
         text_cache_size: int,
         validation_inference_steps: int,
+        use_8bit_adam: bool = False,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
     ):
-        """shown: dataset items with images and conditions, for the validation grid."""
+        """shown: dataset items with images and conditions, for the validation grid.
+
+        In mixed precision the U-Net, which is frozen and runs at every step, is held in the lower one; encoders, fusion
+        and losses stay in float32. So do the VAE and the text encoder: they encode each image and prompt once.
+        """
         self.components = components
         self.shown = shown
         self.knowledge = knowledge
@@ -55,10 +103,11 @@ class FineStage:
         self.bg_region = bg_region
         self.snr_gamma = snr_gamma
         self.timestep_sampling = timestep_sampling
+        self.noise_offset = noise_offset
         self.text_dropout, self.fg_dropout, self.bg_dropout = text_dropout, fg_dropout, bg_dropout
         self.validation_inference_steps = validation_inference_steps
         components.to(accelerator.device)
-        self.read_text = TextCache(self.encode, text_cache_size)
+        self.read_text = TextCache(self.encode, text_cache_size, accelerator.device)
         self.model = DualControlNet.from_unet(
             components.unet,
             term_weighting=term_weighting,
@@ -68,10 +117,17 @@ class FineStage:
             knowledge=knowledge_name,
         ).train()
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # diffusers' wrapper hides `self`
+        # Now that its encoder was copied. diffusers' own `to` would warn of parts to keep in float32, and list none.
+        nn.Module.to(components.unet, dtype=HALF.get(accelerator.mixed_precision, torch.float32))
+        if gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        if compile:
+            for network in (components.unet, self.model.fg, self.model.bg):
+                compile_blocks(network)
         self.trainable: nn.Module = self.model
         groups = [list(part.parameters()) for part in (self.model.fg, self.model.bg, self.model.fusion)]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
+        self.optimizers = [
+            adamw(parameters, learning_rate, weight_decay, use_8bit_adam)
             for parameters in groups
             if parameters  # a plain sum has none
         ]
@@ -89,28 +145,45 @@ class FineStage:
 
     def loss(self, batch: dict[str, Any], noise: SampleNoise, step: int) -> Losses:
         """L_FG over the nodule and L_BG over the rest, each for the parameters that `update` gives it."""
+        return self.losses(self.inputs(batch, noise), step, self.gradient_scale())
+
+    def inputs(self, batch: dict[str, Any], noise: SampleNoise) -> "FineInputs":
+        """What the models take, on the device: noised latents, conditions, prompts; what is dropped is drawn."""
         device = self.accelerator.device
-        z = noised(self.components, batch["moments"].to(device), noise, self.snr_gamma, self.timestep_sampling)
-        mask, sobel = batch["mask"].to(device), batch["sobel"].to(device)  # (B, 1, H, W)
+        moments, mask, sobel = (to_device(batch[name], device) for name in ("moments", "mask", "sobel"))
+        z = noised(self.components, moments, noise, self.snr_gamma, self.timestep_sampling, self.noise_offset)
         dropped = noise.rand() < self.text_dropout
         states, fg_states, bg_states = self.states(batch, dropped)
-        term_weights = self.term_weights(batch["text_fg"], dropped)
-        keep = {"fg_keep": noise.rand() >= self.fg_dropout, "bg_keep": noise.rand() >= self.bg_dropout}
+        return FineInputs(
+            z=z,
+            mask=mask,
+            sobel=sobel,
+            states=states,
+            fg_states=fg_states,
+            bg_states=bg_states,
+            term_weights=self.term_weights(batch["text_fg"], dropped),
+            fg_keep=noise.rand() >= self.fg_dropout,
+            bg_keep=noise.rand() >= self.bg_dropout,
+        )
+
+    def losses(self, given: "FineInputs", step: int, scale: float | torch.Tensor = 1.0) -> Losses:
+        """`loss` from tensors alone. scale: see separate_surrogate."""
+        z = given.z
 
         def control(paths: str) -> Any:
-            encoders = (fg_states, bg_states, mask, sobel)
-            return self.trainable(z.latents, z.timesteps, *encoders, term_weights=term_weights, paths=paths, **keep)
+            return self.trainable(
+                z.latents, z.timesteps, given.fg_states, given.bg_states, given.mask, given.sobel,
+                term_weights=given.term_weights, fg_keep=given.fg_keep, bg_keep=given.bg_keep, paths=paths,
+            )  # fmt: skip
 
         def decode(residuals: Residuals) -> torch.Tensor:
-            with self.accelerator.autocast():
-                return unet_with_residuals(self.components.unet, z.latents, z.timesteps, states, residuals)
+            return unet_with_residuals(self.components.unet, z.latents, z.timesteps, given.states, residuals)
 
         def losses(prediction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return diffusion.masked_losses(prediction, z.target, mask, self.bg_region, z.weights)
+            return diffusion.masked_losses(prediction, z.target, given.mask, self.bg_region, z.weights)
 
         if self.update == "separate":
             for_fg, for_bg = control("split")
-            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0  # fp16's gradient scale
             loss, l_fg, l_bg = separate_surrogate(for_fg, for_bg, decode, losses, scale)
         elif self.update == "alternate":
             branch = "fg" if step % 2 == 0 else "bg"
@@ -122,18 +195,31 @@ class FineStage:
         l_fg, l_bg = l_fg.detach(), l_bg.detach()
         return loss, {"loss": l_fg + l_bg, "loss_fg": l_fg, "loss_bg": l_bg}
 
+    def gradient_scale(self) -> float | torch.Tensor:
+        """fp16's gradient scale, as a tensor: reading its value would wait for the device. 1 without fp16."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.accelerator.device))  # type: ignore
+
+    def flops(self, side: int) -> float:
+        """FLOPs of training on one image of `side` pixels, counted. Both steps of "alternate" have as many."""
+
+        def step() -> torch.Tensor:
+            return self.losses(FineInputs.empty(self.components, side, self.model.term_weighting), 0)[0]
+
+        return flops.count(step, [self.model, self.components.unet])
+
     def states(self, batch: dict[str, Any], dropped: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Hidden states (B, L, D) of the joint, FG and BG prompts; of the empty prompt where `dropped` (B,)."""
         texts = [*batch["text"], *batch["text_fg"], *batch["text_bg"], ""]
-        *kinds, empty = self.read_text(texts).to(dropped.device).split(len(dropped))
-        return tuple(torch.where(dropped[:, None, None], empty[-1:], states) for states in kinds)
+        *kinds, empty = self.read_text(texts).split(len(dropped))
+        return tuple(torch.where(dropped[:, None, None], empty, states) for states in kinds)
 
     def term_weights(self, texts: list[str], dropped: torch.Tensor) -> torch.Tensor | None:
         """Weights (B, L) of the FG prompts' tokens; of the empty prompt's where `dropped` (B,). None if off."""
         if self.model.term_weighting == "off":
             return None
         weights = token_weights([*texts, ""], self.components.tokenizer, self.knowledge, self.frequencies)
-        weights = weights.to(dropped.device)
+        weights = to_device(weights, dropped.device)
         return torch.where(dropped[:, None], weights[-1:], weights[:-1])
 
     def save(self, folder: Path) -> None:
@@ -154,9 +240,13 @@ class FineStage:
     def validate(self) -> Image.Image:
         """From above: real images, their masks, their Sobel maps, and what the model makes of those and the prompts."""
         real, masks, maps = (torch.stack([item[key] for item in self.shown]) for key in ("image", "mask", "sobel"))
-        drawn = draw(self.pipeline(), self.shown, self.validation_inference_steps, masks=masks, maps=maps)
+        with self.accelerator.autocast():
+            drawn = draw(self.pipeline(), self.shown, self.validation_inference_steps, masks=masks, maps=maps)
         return image_grid([real / 2 + 0.5, masks, maps, drawn])
 
     def export(self, folder: Path) -> None:
-        """A TigerPipeline."""
-        self.pipeline().save_pretrained(str(folder))
+        """A TigerPipeline, with the U-Net as it was loaded, not as mixed precision rounded it."""
+        pipeline = self.pipeline()
+        if self.components.unet.dtype != torch.float32:
+            pipeline.register_modules(unet=load_unet(self.components.source))
+        pipeline.save_pretrained(str(folder))

@@ -46,11 +46,15 @@ def make_stage(
         weight_decay=config.adam_weight_decay,
         snr_gamma=config.snr_gamma,
         timestep_sampling=config.timestep_sampling,
+        noise_offset=config.noise_offset,
         text_dropout=config.text_dropout,
         fg_dropout=config.fg_dropout,
         bg_dropout=config.bg_dropout,
         text_cache_size=config.text_cache_size,
         validation_inference_steps=config.validation_inference_steps,
+        use_8bit_adam=config.use_8bit_adam,
+        gradient_checkpointing=config.gradient_checkpointing,
+        compile=config.compile,
     )
 
 

@@ -7,8 +7,9 @@ split it into foreground and background, compose prompts, sample attributes, and
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,24 +25,63 @@ _FILLER = re.compile(
     r"a|an|and|are|as|at|be|by|has|have|in|is|it|its|of|on|or|shows?|showing|seen|the|there|this|to|was|were|which|with|"
     r"plane|view|image|left|right|sized?|shaped?|margins?|echo"
 )
-_NEGATION = re.compile(
-    r"\b(?:no|not|non|never|without|absence of|no evidence of|no signs? of|negative for)[\s-]+$", re.IGNORECASE
+# Negation in the manner of NegEx (Chapman et al., J Biomed Inform 2001;34:301-310): a cue and what may stand between it
+# and a phrase, a cue after a phrase, and lists: one that ends in "or" is negated as a whole.
+_BETWEEN = r"(?:(?:any|definite|obvious|significant|suspicious|visible|further|evidence of|signs? of)[\s-]+)*"
+_CUE = r"(?<![\w-])(?:no|not|non|never|without|absence of|free of|lacks|lacking|negative for)[\s-]+" + _BETWEEN
+_CUE_HERE, _CUE_BEFORE = re.compile(_CUE, re.I), re.compile(_CUE + "$", re.I)
+_CUE_AFTER = re.compile(
+    r"\s*(?::|is|are|was|were)?\s*(?:not (?:seen|identified|present|visible|detected|evident)|none)\b", re.I
 )
-_SEPARATOR = r"[\s_\-\u2010-\u2013]+"  # words of one phrase may be joined by spaces or any hyphen
+_CUE_REACH = 60  # characters before a phrase in which its cue may begin
+_OR = re.compile(rf"(?!.*\b(?:but|and|with|is|are)\b)([^.;:()\n]{{0,40}})\b(?:or|nor)\s+{_BETWEEN}", re.I)
+_COMMA = re.compile(r"\s*,\s*")
+_WORD = re.compile(r"[^\W_]+")
+_SEPARATOR = re.compile(r"[\s_/'\u2019\-\u2010-\u2013]+")  # what may join the words of one phrase
 _PIECES = re.compile(r"[,;:()\n]+|\.(?!\d)")
 
 
 @dataclass(frozen=True)
 class Category:
-    """One attribute. `terms` maps each canonical term to its synonyms, in the order of the file."""
+    """One attribute. `terms` maps each canonical term to its synonyms, in the order of the file.
+
+    An `optional` one is a finding whose absence prompts leave unsaid; any other is always said, where it applies.
+    """
 
     role: Literal["fg", "bg"]
     terms: dict[str, tuple[str, ...]]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the frequencies of the categories `about` rest on; `uncertain` ones are a judgement or from memory."""
+
+    claim: str
+    reference: str
+    about: tuple[str, ...]
+    uncertain: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which words say how a lesion's mask looks and where it lies. Empty for an organ whose words do not."""
+
+    traits: tuple[str, ...] = ()  # categories that the mask itself shows
+    size: str | None = None  # the one of them that is its size
+    plane: str | None = None  # category that names the scan plane
+    location: str | None = None  # category that names a part of the organ
+    parts: tuple[str, ...] = ()  # its terms, from the image's left or top
+    axis: dict[str, str] = field(default_factory=dict)  # plane -> horizontal or vertical: the axis they lie along
+    extension: str | None = None  # term that lets the mask cross the organ's upper edge
 
 
 @dataclass(frozen=True)
 class Subtype:
-    """One label. `frequencies[category][term]` is P(term | subtype); it sums to 1, or is empty if not applicable."""
+    """One label. `frequencies[category][term]` is P(term | subtype).
+
+    It sums to 1, or to less in an optional category, and is empty if the category does not apply.
+    """
 
     name: str
     status: str
@@ -50,7 +90,7 @@ class Subtype:
     particular: frozenset[str]
     joint: frozenset[str]
     frequencies: dict[str, dict[str, float]]
-    sources: tuple[dict[str, Any], ...]
+    sources: tuple[Source, ...]
 
 
 @dataclass(frozen=True)
@@ -60,6 +100,7 @@ class Parsed:
     status: str | None
     label: str | None
     attributes: dict[str, str]
+    absent: list[str] = field(default_factory=list)  # terms of optional categories that the text denies
     unknown: list[str] = field(default_factory=list)
     contradictions: list[str] = field(default_factory=list)
     ambiguous: list[str] = field(default_factory=list)
@@ -81,6 +122,7 @@ class _Meaning:
 
     category: str
     term: str  # for a subtype, its label
+    absent: bool = False  # the text says that it is not there
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +135,7 @@ class Knowledge:
     categories: dict[str, Category]
     subtypes: dict[str, Subtype]
     exclusions: tuple[frozenset[str], ...]
+    placement: Placement
     ignore: frozenset[str]
     ambiguous: frozenset[str]
 
@@ -119,30 +162,37 @@ class Knowledge:
     def parse(self, text: str) -> Parsed:
         """Read status, subtype and attributes from free text or from a prompt.
 
-        A phrase after a negation ("not solid") asserts nothing and is reported as unknown, unless the negated phrase
-        is itself a term ("no halo").
+        A negated phrase means what "no" before it means ("no evidence of halo": "no halo"); is there no such term, it
+        is absent if its category is optional, and else asserts nothing and is reported as unknown ("not solid").
         """
         found: dict[str, str] = {}
-        contradictions: list[str] = []
+        absent: dict[str, str] = {}  # term -> category
+        contradictions: dict[str, None] = {}  # an ordered set
         ambiguous: list[str] = []
-        for start, end, meaning in self._matches(text):
+        matches = self._matches(text)
+        for start, end, meaning in matches:
+            if meaning.absent:
+                absent[meaning.term] = meaning.category
+                continue
             if _normal(text[start:end]) in self.ambiguous:
                 ambiguous.append(text[start:end])
             first = found.setdefault(meaning.category, meaning.term)
             if first != meaning.term:
-                message = f"{meaning.category}: {first!r} and {meaning.term!r}"
-                if message not in contradictions:
-                    contradictions.append(message)
+                contradictions[f"{meaning.category}: {first!r} and {meaning.term!r}"] = None
+        for term, category in absent.items():
+            if found.get(category) == term:
+                contradictions[f"{category}: {term!r} and its negation"] = None
         status, label = found.get("status"), found.get("subtype")
         if label is not None:
             expected = self.subtypes[label].status
             if status not in (None, expected):
-                contradictions.append(f"status: {status!r} and {label} ({expected})")
+                contradictions[f"status: {status!r} and {label} ({expected})"] = None
             status = expected
         elif status is not None:
             label = self._unnamed_subtype(status)
         attributes = {category: found[category] for category in self.categories if category in found}
-        return Parsed(status, label, attributes, self._unknown(text), contradictions, ambiguous)
+        unknown = self._unknown(text, matches)
+        return Parsed(status, label, attributes, list(absent), unknown, list(contradictions), ambiguous)
 
     def split(self, text: str) -> tuple[str, str]:
         """Report → (text_fg, text_bg) in canonical terms. What `parse` calls unknown is left out."""
@@ -166,21 +216,21 @@ class Knowledge:
         """Draw a term for every category from the subtype's frequencies ("full", Tiger-F), or none ("names", Tiger-N).
 
         Categories are drawn in the file's order, each from its frequencies without the terms that what was drawn
-        before excludes, so earlier categories keep their frequencies exactly.
+        before excludes, so earlier categories keep their frequencies exactly. No draw holds two terms that exclude
+        each other. An optional category may be left out.
         """
         self._check_label(label)
         attributes: dict[str, str] = {}
         if mode == "names":
             return attributes
-        for category in self.categories:
-            frequencies = self.subtypes[label].frequencies[category]
-            if not frequencies:
+        for key, category in self.categories.items():
+            frequencies = self.subtypes[label].frequencies[key]
+            if category.optional and rng.random() >= sum(frequencies.values()):
                 continue
             possible = [term for term in frequencies if not self.excluded(term, attributes)]
             weights = np.array([frequencies[term] for term in possible])
-            if not weights.any():
-                raise InputError(f"exclusions leave no {category} for a {label} with {attributes}: drop one of them")
-            attributes[category] = possible[rng.choice(len(possible), p=weights / weights.sum())]
+            if weights.any():  # `load` has seen to it that only optional and inapplicable categories have nothing left
+                attributes[key] = possible[rng.choice(len(possible), p=weights / weights.sum())]
         return attributes
 
     def _check_label(self, label: str) -> None:
@@ -188,8 +238,14 @@ class Knowledge:
             raise InputError(f"label {label!r} is not one of {list(self.subtypes)} ({self.organ} knowledge base)")
 
     def excluded(self, term: str, attributes: dict[str, str]) -> bool:
-        """Whether `term` cannot be true of a nodule that has `attributes`."""
+        """Whether `term` cannot be true of a lesion that has `attributes`."""
         return any(frozenset((term, other)) in self.exclusions for other in attributes.values())
+
+    def impossible(self, attributes: dict[str, str]) -> list[tuple[str, str]]:
+        """The pairs among `attributes` that exclude each other."""
+        terms = list(attributes.values())
+        pairs = ((a, b) for i, a in enumerate(terms) for b in terms[i + 1 :])
+        return [pair for pair in pairs if frozenset(pair) in self.exclusions]
 
     @functools.lru_cache(maxsize=20_000)  # noqa: B019  # training asks for the same prompts at every step
     def term_classes(self, text: str) -> tuple[TermSpan, ...]:
@@ -197,7 +253,7 @@ class Knowledge:
 
         Status and subtype names are "common", as is every term when the text names no subtype.
         """
-        matches = list(self._matches(text))
+        matches = [match for match in self._matches(text) if not match[2].absent]
         label = next((m.term for _, _, m in matches if m.category == "subtype"), None)
         if label is None:
             status = next((m.term for _, _, m in matches if m.category == "status"), None)
@@ -215,12 +271,14 @@ class Knowledge:
         return tuple(spans)
 
     def _texts(self, status: str | None, label: str | None, attributes: dict[str, str]) -> tuple[str, str]:
-        present = [(category.role, attributes[key]) for key, category in self.categories.items() if key in attributes]
+        present = [(category, attributes[key]) for key, category in self.categories.items() if key in attributes]
         names = [status or "", self.subtypes[label].name if label else ""]
-        fg = names + [term for role, term in present if role == "fg"]
-        bg = [term for role, term in present if role == "bg"]
-        opening = " ".join([self.background, *bg[:1]])  # "sonogram transverse plane"
-        return ", ".join(filter(None, fg)), ", ".join([opening, *bg[1:]])
+        fg = names + [term for category, term in present if category.role == "fg"]
+        bg = [(category, term) for category, term in present if category.role == "bg"]
+        opening = self.background
+        if bg and not bg[0][0].optional:
+            opening += f" {bg.pop(0)[1]}"  # "sonogram transverse plane"
+        return ", ".join(filter(None, fg)), ", ".join([opening, *(term for _, term in bg)])
 
     def _unnamed_subtype(self, status: str) -> str | None:
         """The label that a status alone stands for (benign), if there is one."""
@@ -233,26 +291,79 @@ class Knowledge:
         return {_normal(phrase): meaning for phrase, meaning in vocabulary}
 
     @functools.cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        """One alternation, longest phrase first, so 'irregular margin' is never read as 'irregular'.
+    def _forms(self) -> dict[str, str]:
+        """Every form in which a normalised phrase may stand in a text, singular and plural → the phrase."""
+        forms = {f"{phrase}{ending}": phrase for phrase in self._phrases for ending in ("s", "es")}
+        forms |= {f"{phrase[:-1]}ies": phrase for phrase in self._phrases if phrase.endswith("y")}
+        return forms | {phrase: phrase for phrase in self._phrases}
 
-        The look-arounds keep 'clear' out of 'unclear' and 'solid' out of 'non-solid'; a plural s is allowed at the end.
+    @functools.cached_property
+    def _longest(self) -> int:
+        """Words of the longest phrase."""
+        return max(phrase.count(" ") + 1 for phrase in self._phrases)
+
+    def _found(self, text: str) -> list[tuple[int, int, str]]:
+        """(start, end, phrase) of each phrase in `text`, asserted or not, in order, never overlapping.
+
+        The longest phrase that starts at a word is taken, so 'irregular margin' is never read as 'irregular', nor
+        'unclear' as 'clear'. One that a hyphen joins to another word ('non-solid') is none. A cue before a phrase that
+        only exists as a negative is read as "no" ("no evidence of halo": "no halo").
         """
-        longest_first = sorted(self._phrases, key=lambda phrase: (-len(phrase), phrase))
-        alternatives = (f"({_SEPARATOR.join(map(re.escape, phrase.split()))})" for phrase in longest_first)
-        return re.compile(rf"(?<![\w-])(?:{'|'.join(alternatives)})s?(?![\w-])", re.I)
+        words = list(_WORD.finditer(text))
+        found = []
+        at = 0
+        while at < len(words):
+            cue = _CUE_HERE.match(text, words[at].start())
+            first = next((i for i in range(at, len(words)) if cue and words[i].start() >= cue.end()), None)
+            hit = self._longest_from(text, words, at) or (
+                None if first is None else self._longest_from(text, words, first, "no ")
+            )
+            if hit is None:
+                at += 1
+            else:
+                found.append((words[at].start(), words[hit[0]].end(), hit[1]))
+                at = hit[0] + 1
+        return found
 
-    def _matches(self, text: str) -> Iterator[tuple[int, int, _Meaning]]:
-        """(start, end, meaning) of each asserted phrase, in order, never overlapping."""
-        for match in self._pattern.finditer(text):
-            if not _NEGATION.search(text, 0, match.start()):
-                phrase = match.group(match.lastindex or 0)
-                yield match.start(), match.end(), self._phrases[_normal(phrase)]
+    def _longest_from(
+        self, text: str, words: Sequence[re.Match[str]], first: int, before: str = ""
+    ) -> tuple[int, str] | None:
+        """(index of the last word, phrase) of the longest phrase of `before` and the words from `first` on."""
+        if text[: words[first].start()].endswith(("-", "_")):
+            return None
+        best, key = None, before
+        for last in range(first, min(first + self._longest, len(words))):
+            if last > first:
+                if not _SEPARATOR.fullmatch(text, words[last - 1].end(), words[last].start()):
+                    break
+                key += " "
+            key += words[last].group().lower()
+            if key in self._forms and not text.startswith(("-", "_"), words[last].end()):
+                best = last, self._forms[key]
+        return best
 
-    def _unknown(self, text: str) -> list[str]:
+    def _matches(self, text: str) -> list[tuple[int, int, _Meaning]]:
+        """(start, end, meaning) of each phrase that says something, in order, never overlapping.
+
+        A negated phrase is there if "no …" is a term (with that meaning) or if its category is optional (as absent);
+        its span takes in the cue.
+        """
+        found = self._found(text)
+        matches = []
+        for (start, end, phrase), negated in zip(found, _negations(text, found), strict=True):
+            meaning = self._phrases[phrase]
+            if negated is None:
+                matches.append((start, end, meaning))
+            elif negative := self._phrases.get(f"no {phrase}"):
+                matches.append((*negated, negative))
+            elif meaning.category in self.categories and self.categories[meaning.category].optional:
+                matches.append((*negated, _Meaning(meaning.category, meaning.term, absent=True)))
+        return matches
+
+    def _unknown(self, text: str, matches: Sequence[tuple[int, int, _Meaning]]) -> list[str]:
         """The pieces of `text` that are neither terms nor filler."""
         rest = list(text)
-        for start, end, _ in self._matches(text):
+        for start, end, _ in matches:
             rest[start:end] = "," * (end - start)
         pieces = []
         for piece in _PIECES.split("".join(rest)):
@@ -267,12 +378,36 @@ class Knowledge:
 
     def _is_filler(self, word: str) -> bool:
         word = word.lower().strip("\"'-/")
-        return not word or bool(_FILLER.fullmatch(word)) or word in self.ignore or word.removesuffix("s") in self.ignore
+        forms = {word, word.removesuffix("s"), word.removesuffix("es")}
+        return not word or bool(_FILLER.fullmatch(word)) or not forms.isdisjoint(self.ignore)
 
 
 def _normal(phrase: str) -> str:
     """Lower case, words joined by one space."""
-    return " ".join(re.split(_SEPARATOR, phrase.strip().lower()))
+    return " ".join(_SEPARATOR.split(phrase.strip().lower()))
+
+
+def _negations(text: str, found: Sequence[tuple[int, int, str]]) -> list[tuple[int, int] | None]:
+    """For each (start, end, phrase) in order: the span that it and its negation cover, or None if it is asserted."""
+    spans: list[tuple[int, int] | None] = [None] * len(found)
+    gaps = [text[a[1] : b[0]] for a, b in pairwise(found)]
+    for i, (start, end, phrase) in enumerate(found):
+        if cue := _CUE_BEFORE.search(text, max(0, start - _CUE_REACH), start):
+            spans[i] = (cue.start(), end)
+            joined = list(takewhile(lambda gap: _OR.fullmatch(gap) or _COMMA.fullmatch(gap), gaps[i:]))
+            while joined and not _OR.fullmatch(joined[-1]):
+                joined.pop()
+        elif after := _CUE_AFTER.match(text, end):
+            spans[i] = (start, after.end())
+            continue
+        elif phrase.startswith(("no ", "without ")):  # a term that denies something; what "or" adds is denied too
+            joined = list(takewhile(_OR.fullmatch, gaps[i:]))
+        else:
+            continue
+        for k in range(i + 1, i + 1 + len(joined)):
+            link = _OR.fullmatch(gaps[k - 1])  # "or any" is part of the negation, what stands before it is not
+            spans[k] = (found[k - 1][1] + link.end(1) if link else found[k][0], found[k][1])
+    return spans
 
 
 def _vocabulary(
@@ -287,6 +422,34 @@ def _vocabulary(
     for key, category in categories.items():
         for term, synonyms in category.terms.items():
             yield from ((phrase, _Meaning(key, term)) for phrase in (term, *synonyms))
+
+
+def _dead_end(
+    key: str, frequencies: Mapping[str, Mapping[str, float]], exclusions: Sequence[frozenset[str]]
+) -> list[str] | None:
+    """Terms of earlier categories that together exclude every likely term of `key`; None if sampling always goes on."""
+    likely = {name: [term for term, p in row.items() if p > 0] for name, row in frequencies.items()}
+    earlier = list(takewhile(lambda name: name != key, likely))
+
+    def extend(drawn: dict[str, str]) -> list[str] | None:
+        excludes = {term: {b for a in exclusions if term in a for b in a - {term}} for term in likely[key]}
+        left = next((term for term in likely[key] if not excludes[term].intersection(drawn.values())), None)
+        if left is None:
+            return list(drawn.values())
+        options = ((name, term) for name in earlier if name not in drawn for term in likely[name])
+        for name, term in options:
+            possible = term in excludes[left] and not any({term, other} in exclusions for other in drawn.values())
+            if possible and (found := extend(drawn | {name: term})) is not None:
+                return found
+        return None
+
+    return extend({})
+
+
+_SECTIONS = {
+    "organ", "background", "ignore", "ambiguous", "status", "categories", "exclusions", "placement",
+    "shared_frequencies", "shared_sources", "subtypes",
+}  # fmt: skip
 
 
 class _Reader:
@@ -327,6 +490,9 @@ class _Reader:
         """The value at `where`; a missing one is `default`, or an error when there is no default."""
         value = self.tree
         for key in where:
+            if isinstance(value, list):
+                value = value[int(key)]
+                continue
             value = value.get(key) if isinstance(value, dict) else None
         if value is None:
             value = default
@@ -345,23 +511,11 @@ class _Reader:
         return tuple(values)
 
     def knowledge(self) -> Knowledge:
-        self.only(
-            (),
-            {
-                "organ",
-                "background",
-                "ignore",
-                "ambiguous",
-                "status",
-                "categories",
-                "exclusions",
-                "shared_frequencies",
-                "subtypes",
-            },
-        )
+        self.only((), _SECTIONS)
         status = {term: self.texts("status", term) for term in self.get("status", kind=dict)}
         categories = {key: self.category(key) for key in self.get("categories", kind=dict)}
         exclusions = self.exclusions(categories)
+        self.shared(categories)
         labels = self.get("subtypes", kind=dict)
         subtypes = {label: self.subtype(label, status, categories, exclusions) for label in labels}
         self.unambiguous(status, categories, subtypes)
@@ -372,6 +526,7 @@ class _Reader:
             categories=categories,
             subtypes=subtypes,
             exclusions=exclusions,
+            placement=self.placement(categories),
             ignore=frozenset(self.texts("ignore")),
             ambiguous=frozenset(map(_normal, self.texts("ambiguous"))),
         )
@@ -383,14 +538,43 @@ class _Reader:
 
     def category(self, key: str) -> Category:
         where = ("categories", key)
-        self.only(where, {"role", "terms"})
+        self.only(where, {"role", "terms", "optional"})
         role = self.get(*where, "role", kind=str)
         if role not in ("fg", "bg"):
             raise self.fail((*where, "role"), f"must be fg or bg, found {role!r}")
         terms = self.get(*where, "terms", kind=dict)
         if not terms:
             raise self.fail((*where, "terms"), "is empty")
-        return Category(role, {term: self.texts(*where, "terms", term) for term in terms})
+        for term in terms:
+            if not isinstance(term, str):  # YAML reads a bare no / yes / 1 as something else
+                raise self.fail((*where, "terms", str(term)), f"must be a text, found {term!r}: put it in quotes")
+        optional = self.get(*where, "optional", kind=bool, default=False)
+        return Category(role, {term: self.texts(*where, "terms", term) for term in terms}, optional)
+
+    def placement(self, categories: dict[str, Category]) -> Placement:
+        """The section `placement`, which may be missing."""
+        tree = self.get("placement", kind=dict, default={})
+        if not tree:
+            return Placement()
+        self.only(("placement",), set(Placement.__dataclass_fields__))
+        names = {key: self.get("placement", key, kind=str) for key in ("size", "plane", "location") if key in tree}
+        for key, name in [("traits", name) for name in self.texts("placement", "traits")] + list(names.items()):
+            if name not in categories:
+                raise self.fail(("placement", key), f"{name!r} is not a category: {list(categories)}")
+        parts = self.texts("placement", "parts")
+        known = list(categories[names["location"]].terms) if "location" in names else []
+        if sorted(parts) != sorted(known):
+            raise self.fail(("placement", "parts"), f"must be the terms of the location, {known}, found {list(parts)}")
+        axis = self.get("placement", "axis", kind=dict, default={})
+        for plane, direction in axis.items():
+            if direction not in ("horizontal", "vertical"):
+                raise self.fail(("placement", "axis", str(plane)), f"must be horizontal or vertical: {direction!r}")
+        if bool(axis) != bool(parts):
+            raise self.fail(("placement",), "parts and axis belong together: give both or neither")
+        extension = tree.get("extension")
+        if extension is not None and not any(extension in category.terms for category in categories.values()):
+            raise self.fail(("placement", "extension"), f"{extension!r} is not a term")
+        return Placement(**names, traits=self.texts("placement", "traits"), parts=parts, axis=axis, extension=extension)
 
     def exclusions(self, categories: dict[str, Category]) -> tuple[frozenset[str], ...]:
         known = {term: key for key, category in categories.items() for term in category.terms}
@@ -424,10 +608,10 @@ class _Reader:
         if both := set(particular) & set(joint):
             raise self.fail((*where, "joint"), f"{sorted(both)} are also particular")
         frequencies = {key: self.frequencies(label, key, category) for key, category in categories.items()}
-        for term in {term for row in frequencies.values() for term, p in row.items() if p > 0}:
-            for key, row in frequencies.items():  # else sampling would find no way on after drawing `term`
-                if row and not any(p > 0 and frozenset((term, other)) not in exclusions for other, p in row.items()):
-                    raise self.fail(("exclusions",), f"leave no likely {key} for a {label} that is {term!r}")
+        for key, row in frequencies.items():
+            if row and not categories[key].optional and (drawn := _dead_end(key, frequencies, exclusions)) is not None:
+                raise self.fail(("exclusions",), f"leave no likely {key} for a {label} that is {' and '.join(drawn)}")
+        own_rows = self.get(*where, "frequencies", kind=dict, default={})
         return Subtype(
             name=self.get(*where, "name", kind=str),
             status=own,
@@ -436,8 +620,40 @@ class _Reader:
             particular=frozenset(particular),
             joint=frozenset(joint),
             frequencies=frequencies,
-            sources=tuple(self.get(*where, "sources", kind=list, default=[])),
+            sources=self.sources((*where, "sources"), (*where, "frequencies"), own_rows, categories),
         )
+
+    def shared(self, categories: dict[str, Category]) -> None:
+        """Check the frequencies that all subtypes share; `subtype` reads them."""
+        rows = self.get("shared_frequencies", kind=dict, default={})
+        for key in rows:
+            if key not in categories:
+                raise self.fail(("shared_frequencies", str(key)), f"is not a category: {list(categories)}")
+        self.sources(("shared_sources",), ("shared_frequencies",), rows, categories)
+
+    def sources(
+        self,
+        where: tuple[str, ...],
+        frequencies: tuple[str, ...],
+        rows: Mapping[str, Any],
+        categories: dict[str, Category],
+    ) -> tuple[Source, ...]:
+        """The list at `where`, which must account for each row of the mapping at `frequencies` that is not empty."""
+        found = []
+        for index in range(len(self.get(*where, kind=list, default=[]))):
+            at = (*where, str(index))
+            self.only(at, {"claim", "reference", "about", "uncertain"})
+            about = self.texts(*at, "about")
+            if unknown := [key for key in about if key not in categories]:
+                raise self.fail((*at, "about"), f"{unknown[0]!r} is not a category: {list(categories)}")
+            claim, reference = (self.get(*at, key, kind=str) for key in ("claim", "reference"))
+            uncertain = self.get(*at, "uncertain", kind=bool, default=False)
+            found.append(Source(claim, reference, about, uncertain))
+        accounted = {key for source in found for key in source.about}
+        for key, row in rows.items():
+            if row and key not in accounted:
+                raise self.fail((*frequencies, str(key)), f"has no source: name it under `about` in {'.'.join(where)}")
+        return tuple(found)
 
     def frequencies(self, label: str, key: str, category: Category) -> dict[str, float]:
         """P(term) of one category: the subtype's own, else the one that all subtypes share."""
@@ -446,6 +662,8 @@ class _Reader:
         if key not in own:
             where = ("shared_frequencies", key)
             if key not in self.get("shared_frequencies", kind=dict, default={}):
+                if category.optional:  # a finding that the subtype does not show
+                    return {}
                 raise self.fail(("subtypes", label, "frequencies"), f"has no {key!r}")
         values = self.get(*where, kind=dict)
         for term, p in values.items():
@@ -453,8 +671,11 @@ class _Reader:
                 raise self.fail((*where, str(term)), f"is not a term of {key}: {list(category.terms)}")
             if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
                 raise self.fail((*where, term), f"must be a number from 0 to 1, found {p!r}")
-        if values and abs(sum(values.values()) - 1) > 1e-6:  # {} says that the category does not apply
-            raise self.fail(where, f"sums to {sum(values.values()):g}, must be 1")
+        total = sum(values.values())
+        if category.optional and total > 1 + 1e-6:
+            raise self.fail(where, f"sums to {total:g}, must be at most 1")
+        if not category.optional and values and abs(total - 1) > 1e-6:  # {} says that the category does not apply
+            raise self.fail(where, f"sums to {total:g}, must be 1")
         return {term: float(p) for term, p in values.items()}
 
     def unambiguous(

@@ -1,24 +1,33 @@
 """What both training stages do around the loop: check the input, load the base, encode the images, train."""
 
+import contextlib
+import errno
+import hashlib
+import importlib.util
+import math
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiger import checkpoint, manifest
+from tiger.card import model_card, push
 from tiger.components import Components, check_base
 from tiger.config import TrainConfig, check_resume, config_text
-from tiger.errors import InputError
-from tiger.files import atomic_path
+from tiger.errors import InputError, WorkFailed
+from tiger.files import atomic_path, changed_settings, write_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row, row_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from tiger.dataset import TigerDataset
     from tiger.stage import Stage
 
+GOOD_MFU = 0.3  # of the device's peak, reached by MLPerf's record for Stable Diffusion
 MAX_TOKENS = 77  # of CLIP's text encoder, begin and end included
 MakeStage = Callable[[Any, Components, list[dict[str, Any]], Knowledge, "Accelerator"], "Stage"]
 
@@ -40,77 +49,220 @@ def launch(
     """
     output_dir = Path(config.output_dir)
     check_output(config, output_dir)
-    finished_step = checkpoint.finished_step(output_dir)
-    if finished_step >= config.max_train_steps and not config.dry_run:
-        print(f"{output_dir} holds the finished model of step {finished_step}: nothing to do")
+    check_services(config)
+    if config.num_train_epochs is None and is_finished(config, output_dir, config.max_train_steps):
         return
     check_base(config.pretrained_model)
     knowledge = Knowledge.load(config.knowledge)
     train_rows, validation_rows = read_rows(config, knowledge, with_conditions)
+    steps = count_steps(config, len(train_rows.rows))
+    if is_finished(config, output_dir, steps):
+        return
 
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
+    from tiger import flops
     from tiger.components import load_components
     from tiger.dataset import TigerDataset, cache_latents
     from tiger.trainer import train
 
     accelerator = Accelerator(
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)]
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=output_dir / "logs",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )
     components = load_components(config.pretrained_model)
     resolution = components.resolution(config.resolution)
     options = {"with_conditions": with_conditions, "blank_nodule": blank_nodule}
     dataset = TigerDataset(train_rows, resolution, random_flip=config.random_flip, **options)
     shown = TigerDataset(validation_rows, resolution, **options)
+    inputs = fingerprint(components, dataset, knowledge) | {
+        "images a step": images_per_step(config), "precision": accelerator.mixed_precision
+    }  # fmt: skip
+    check_inputs(output_dir, inputs)
     torch.manual_seed(config.seed)  # for what the stage adds to the base
     stage = make_stage(config, components, list(shown), knowledge, accelerator)  # type: ignore[arg-type]
-    if accelerator.is_main_process:
-        print(summary(config, train_rows, stage, components, resolution, accelerator.num_processes), flush=True)
+    work = stage.flops(resolution) if accelerator.is_main_process else None
+    if work:
+        peak = flops.peak(accelerator.device, accelerator.mixed_precision != "no")
+        print(summary(config, train_rows, stage, components, resolution, steps, work, peak), flush=True)
     if config.dry_run:
         return
     output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         with atomic_path(output_dir / "config.yaml") as path:
             path.write_text(config_text(config), encoding="utf-8")
-    dataset.latents = cache_latents(
-        components.vae, dataset, Path(config.cache_dir) if config.cache_dir else output_dir / "cache",
-        rank=accelerator.process_index, world=accelerator.num_processes, wait=accelerator.wait_for_everyone,
+        write_json(output_dir / "inputs.json", inputs)
+    card = model_card(
+        "fine" if with_conditions else "coarse", config.pretrained_model,
+        counts=Counter(row.label or "no label" for row in train_rows.rows), resolution=resolution,
+        steps=steps, images_per_step=images_per_step(config), config=config_text(config),
     )  # fmt: skip
-    finished = train(
-        accelerator,
-        stage,
-        dataset,
-        dataset.weights(config.class_balance),
-        output_dir=output_dir,
-        config_text=config_text(config),
-        max_train_steps=config.max_train_steps,
-        train_batch_size=config.train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        lr_scheduler=config.lr_scheduler,
-        lr_warmup_steps=config.lr_warmup_steps,
-        max_grad_norm=config.max_grad_norm,
-        ema_decay=config.ema_decay if config.use_ema else None,
-        seed=config.seed,
-        checkpointing_steps=config.checkpointing_steps,
-        checkpoints_total_limit=config.checkpoints_total_limit,
-        validation_steps=config.validation_steps,
-        log_steps=config.log_steps,
-        dataloader_num_workers=config.dataloader_num_workers,
-    )
+    with known_failures(accelerator, output_dir):
+        dataset.latents = cache_latents(
+            components.vae, dataset, Path(config.cache_dir) if config.cache_dir else output_dir / "cache",
+            rank=accelerator.process_index, world=accelerator.num_processes, wait=accelerator.wait_for_everyone,
+        )  # fmt: skip
+        finished = train(
+            accelerator,
+            stage,
+            dataset,
+            dataset.weights(config.class_balance),
+            output_dir=output_dir,
+            config_text=config_text(config),
+            card=card,
+            max_train_steps=steps,
+            train_batch_size=config.train_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            lr_scheduler=config.lr_scheduler,
+            lr_warmup_steps=config.lr_warmup_steps,
+            max_grad_norm=config.max_grad_norm,
+            max_loss=config.max_loss,
+            skip_bad_steps=config.skip_bad_steps,
+            ema_decay=config.ema_decay if config.use_ema else None,
+            seed=config.seed,
+            checkpointing_steps=config.checkpointing_steps,
+            checkpoints_total_limit=config.checkpoints_total_limit,
+            validation_steps=config.validation_steps,
+            log_steps=config.log_steps,
+            flops_per_image=work,
+            dataloader_num_workers=config.dataloader_num_workers,
+        )
     if not finished:
         print("stopped by a signal; a checkpoint was saved: the same command goes on from there", file=sys.stderr)
         sys.exit(143)  # 128 + SIGTERM, as the shell would report
     if accelerator.is_main_process:
-        print(f"saved the finished model of step {config.max_train_steps} to {output_dir}")
+        print(f"saved the finished model of step {steps} to {output_dir}")
+        if config.push_to_hub:
+            print(f"uploaded it to {push(output_dir, config.hub_model_id or output_dir.resolve().name)}")
 
 
 def check_output(config: TrainConfig, output_dir: Path) -> None:
-    """Refuse an output folder that is a file or holds a training of the other stage or with other settings."""
+    """Refuse an output folder that is a file or holds a training of the other stage or with other settings.
+
+    A run that came to no checkpoint leaves nothing to protect.
+    """
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {output_dir} is a file; give a folder")
-    if (output_dir / "config.yaml").exists():
+    if (output_dir / "config.yaml").exists() and holds_training(output_dir):
         check_resume(config, output_dir / "config.yaml")
+
+
+def check_inputs(output_dir: Path, inputs: dict[str, Any]) -> None:
+    """Refuse an output folder whose training took in something else under the same names."""
+    changed = changed_settings(output_dir / "inputs.json", inputs) if holds_training(output_dir) else []
+    if changed:
+        raise InputError(
+            f"{output_dir} holds a training on other inputs: {'; '.join(changed)}. Give the old ones to resume, or "
+            "another --output_dir to start anew"
+        )
+
+
+def holds_training(output_dir: Path) -> bool:
+    """Whether there is a checkpoint or a finished model to go on from."""
+    return bool(checkpoint.checkpoints(output_dir)) or checkpoint.finished_step(output_dir) > 0
+
+
+def check_services(config: TrainConfig) -> None:
+    """Refuse a way of sharing out the model, a tracker or an upload that would not work."""
+    for sharding in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{sharding}") == "true":  # as `accelerate launch` sets it
+            raise InputError(
+                f"accelerate is configured for {sharding}: checkpoints of sharded models are not supported; train "
+                "data-parallel, as configs/accelerate/8gpu.yaml and multinode.yaml do"
+            )
+    if config.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise InputError("--report_to wandb needs wandb: pip install wandb; or --report_to tensorboard")
+    if config.push_to_hub:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            raise InputError("--push_to_hub needs a token of huggingface.co: run `hf auth login`, or set HF_TOKEN")
+
+
+def is_finished(config: TrainConfig, output_dir: Path, steps: int) -> bool:
+    """Say so where nothing is to do; a dry run checks all the same."""
+    finished_step = checkpoint.finished_step(output_dir)
+    if config.dry_run or finished_step < steps:
+        return False
+    print(f"{output_dir} holds the finished model of step {finished_step}: nothing to do")
+    return True
+
+
+def images_per_step(config: TrainConfig) -> int:
+    """The global batch."""
+    return config.train_batch_size * config.gradient_accumulation_steps * processes()
+
+
+def processes() -> int:
+    """How many train together; the environment tells before accelerate is loaded."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def items(config: TrainConfig, images: int) -> int:
+    """How many images an epoch has."""
+    return images * (2 if config.random_flip else 1)
+
+
+def count_steps(config: TrainConfig, images: int) -> int:
+    """Optimizer steps in all, on `images` images."""
+    if config.num_train_epochs is None:
+        return config.max_train_steps
+    return math.ceil(config.num_train_epochs * items(config, images) / images_per_step(config))
+
+
+def fingerprint(components: Components, dataset: "TigerDataset", knowledge: Knowledge) -> dict[str, str]:
+    """Short hashes of what a training takes in by name: the base, the rows, and how the vocabulary reads them.
+
+    Image files are known by name only.
+    """
+    from tiger.dataset import model_key
+
+    base = [model_key(network) for network in components.networks]
+    base.append(str(sorted(components.scheduler.config.items(), key=str)))
+    rows = [
+        (row.file_name, row.condition_fg, row.condition_bg, row.text, row.text_fg, row.text_bg, row.label, row.plane)
+        for row in dataset.rows
+    ]
+    named: dict[str, Any] = {"pretrained_model": base, "training rows": rows}
+    if dataset.with_conditions:  # terms are weighted
+        texts = dict.fromkeys(row.text_fg for row in dataset.rows)
+        named["terms in the prompts"] = [
+            [(span.term, span.kind) for span in knowledge.term_classes(text)] for text in texts
+        ]
+    return {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in named.items()}
+
+
+@contextlib.contextmanager
+def known_failures(accelerator: "Accelerator", output_dir: Path) -> Iterator[None]:
+    """Turn a full disk, and the end of another process, into WorkFailed."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            what = f"the disk of {output_dir} is full ({' '.join(str(error).split())})"
+        elif accelerator.num_processes > 1 and is_lost_process(error):
+            what = f"process {accelerator.process_index} lost another one, whose own message says why"
+        else:
+            raise
+        steps = [checkpoint.step_of(folder) for folder in checkpoint.checkpoints(output_dir)]
+        safe = f"checkpoint-{max(steps)} is intact" if steps else "there was no checkpoint yet"
+        raise WorkFailed(f"{what}; {safe}: mend this, and the same command goes on from there") from error
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether the disk, a quota or the largest file allowed is exceeded; safetensors says so in words only."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
+
+
+def is_lost_process(error: Exception) -> bool:
+    """Whether a collective operation failed because another process is gone."""
+    import torch
+
+    said = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or "connection closed" in said or "connection reset" in said
 
 
 def read_rows(config: TrainConfig, knowledge: Knowledge, with_conditions: bool) -> tuple[Manifest, Manifest]:
@@ -152,24 +304,32 @@ def spread(rows: tuple[Row, ...], count: int) -> tuple[Row, ...]:
 
 
 def summary(
-    config: TrainConfig, rows: Manifest, stage: "Stage", components: Components, resolution: int, processes: int
-) -> str:
-    """What is about to be trained on what, a line each."""
+    config: TrainConfig, rows: Manifest, stage: "Stage", components: Components, resolution: int, steps: int,
+    flops: float, peak: float | None,
+) -> str:  # fmt: skip
+    """What is about to be trained on what, a line each. flops: an image; peak: FLOP/s of one device, where known."""
     trained = sum(p.numel() for p in stage.trainable.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for network in components.networks for p in network.parameters() if not p.requires_grad)
-    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
+    known = {p: p.numel() for network in (*components.networks, stage.trainable) for p in network.parameters()}
+    frozen = sum(known.values()) - trained
+    batch = images_per_step(config)
     counts = Counter(row.label or "no label" for row in rows.rows).most_common()
     patients = len({row.patient_id for row in rows.rows if row.patient_id})
     texts = list(dict.fromkeys(row.text for row in rows.rows))
     lengths = [len(ids) for ids in components.tokenizer(texts).input_ids]
     cut = sum(length > MAX_TOKENS for length in lengths)
+    moments = 2 if config.use_8bit_adam else 8  # bytes of optimizer state a parameter
+    gibibytes = (trained * (4 + 4 + moments + 4 * config.use_ema) + frozen * 4) / 2**30  # weights, gradients, average
     lines = [
         f"data: {len(rows.rows)} images of {patients or 'unnamed'} patients at {resolution} px: "
         + ", ".join(f"{label} {count}" for label, count in counts),
-        f"model: {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
-        f"training: {config.max_train_steps} steps of {batch} images, "
-        f"{config.max_train_steps * batch / len(rows.rows):.1f} epochs",
+        f"model: {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen; {gibibytes:.2f} GiB a process, "
+        "and what a batch's activations take",
+        f"training: {steps} steps of {batch} images, {steps * batch / items(config, len(rows.rows)):.1f} epochs",
+        f"work: {flops / 1e9:.3g} GFLOP an image, {flops * steps * batch / 1e15:.3g} PFLOP in all",
     ]
+    if peak:
+        hours = flops * steps * batch / (GOOD_MFU * peak * processes()) / 3600
+        lines[-1] += f": {hours:.3g} hours at {GOOD_MFU:.0%} of the devices' peak"
     if cut:
         longest = texts[lengths.index(max(lengths))]
         lines.append(f"warning: {cut} prompts are cut at {MAX_TOKENS} tokens; the longest: {longest}")

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from tiger.errors import InputError
 from tiger.files import atomic_path
@@ -118,6 +119,13 @@ def read(data_dir: str | Path, knowledge: Knowledge | None = None) -> Manifest:
         knowledge: needed only where rows have one `text` column, which it splits into foreground and background.
     Raises one InputError that lists every bad line: JSON, columns, types, paths that leave the folder.
     """
+    manifest, problems = scan(data_dir, knowledge)
+    _raise(manifest.path, problems)
+    return manifest
+
+
+def scan(data_dir: str | Path, knowledge: Knowledge | None = None) -> tuple[Manifest, list[str]]:
+    """The rows of a manifest whose structure is good, and what is wrong with the other lines. See `read`."""
     path = manifest_path(data_dir)
     rows: list[Row] = []
     problems: list[str] = []
@@ -143,8 +151,7 @@ def read(data_dir: str | Path, knowledge: Knowledge | None = None) -> Manifest:
             rows.append(row)
     if not rows and not problems:
         problems.append("has no rows: add one JSON object a line")
-    _raise(path, problems)
-    return Manifest(path, tuple(rows))
+    return Manifest(path, tuple(rows)), problems
 
 
 class _BadRow(Exception):
@@ -306,15 +313,22 @@ def check(
     """
 
     def problems_of(row: Row) -> list[str]:
-        problems = [*_text_conflicts(row, knowledge), *_file_problems(manifest, row, conditions, siblings)]
+        problems = [*text_problems(row, knowledge), *file_problems(manifest.root, row, conditions, siblings)[0]]
         on_row()
-        return [f"{row.file_name}: {problem}" for problem in problems]
+        return [f"{row.file_name}: {problem.message}" for problem in problems]
 
-    siblings = _Siblings(manifest.root)
+    siblings = Siblings(manifest.root)
     rows = {row.file_name: row for row in manifest.rows}  # a caller may show some rows twice
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
         problems = [problem for found in pool.map(problems_of, rows.values()) for problem in found]
     _raise(manifest.path, [*problems, *straddling_patients(manifest.rows)])
+
+
+class Problem(NamedTuple):
+    """Something wrong with a row: a short machine-readable name, and a message that says what would mend it."""
+
+    code: str
+    message: str
 
 
 def straddling_patients(rows: Iterable[Row]) -> list[str]:
@@ -330,12 +344,24 @@ def straddling_patients(rows: Iterable[Row]) -> list[str]:
     ]  # fmt: skip
 
 
+def synthetic_leaks(rows: Iterable[Row]) -> Iterator[tuple[Row, Problem]]:
+    """Synthetic rows that are held out, or that derive from images that are held out."""
+    rows = list(rows)
+    held_out = {row.file_name: row.split for row in rows if row.split in ("valid", "test") and not row.synthetic}
+    for row in rows:
+        if row.synthetic and row.split in ("valid", "test"):
+            yield row, Problem("synthetic_held_out", f"is synthetic and in {row.split}: put it in train")
+        for source in held_out.keys() & row.derived_from if row.synthetic else ():
+            where = f"which is in {held_out[source]}"
+            yield row, Problem("leaked_source", f"derives from {source}, {where}: leave the synthetic row out")
+
+
 def assign_splits(rows: Sequence[Row], fractions: dict[str, float], seed: int) -> tuple[Row, ...]:
     """Give every row a split, whole patients at a time, each label in about the same proportions.
 
     A row without patient_id is a patient of its own. A patient with several labels counts under the rarest of them.
-    Synthetic rows go to train. The result depends on the patients and the seed, not on the order of the rows. Where a
-    label has too few patients for every split, test is served before valid.
+    Synthetic rows go to train. The result depends on the patients and the seed, not on the order of the rows. A label
+    is in every split that has as many patients as there are splits; with fewer, train is served first, then test.
 
     Args:
         fractions: split -> share of the patients, adding up to 1.
@@ -343,7 +369,7 @@ def assign_splits(rows: Sequence[Row], fractions: dict[str, float], seed: int) -
     patients: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if not row.synthetic:
-            patients[_unit(row)].append(row)
+            patients[unit_of(row)].append(row)
     frequency = Counter(row.label for row in rows if not row.synthetic)
     strata: defaultdict[str, list[str]] = defaultdict(list)
     for patient in sorted(patients):
@@ -352,13 +378,22 @@ def assign_splits(rows: Sequence[Row], fractions: dict[str, float], seed: int) -
     split_of: dict[str, str] = {}
     for label, members in sorted(strata.items()):
         order = np.random.default_rng((seed, *label.encode())).permutation(len(members))
-        ends = np.rint(np.cumsum(list(fractions.values())) * len(members)).astype(int)
-        counts = dict(zip(fractions, np.diff(ends, prepend=0), strict=True))
-        if fractions.get("test") and not counts["test"]:
-            counts["test"], counts["valid"] = counts.get("valid", 0), 0
+        counts = _shares(len(members), fractions)
         given = (split for split, count in counts.items() for _ in range(count))
         split_of |= {members[index]: split for index, split in zip(order, given, strict=True)}
-    return tuple(replace(row, split="train" if row.synthetic else split_of[_unit(row)]) for row in rows)
+    return tuple(replace(row, split="train" if row.synthetic else split_of[unit_of(row)]) for row in rows)
+
+
+def _shares(total: int, fractions: dict[str, float]) -> dict[str, int]:
+    """`total` members divided by `fractions`; no split that is asked for stays empty while there are enough members."""
+    ends = np.rint(np.cumsum(list(fractions.values())) * total).astype(int)
+    counts = dict(zip(fractions, np.diff(ends, prepend=0).tolist(), strict=True))
+    served = ["train", "test", "valid"]  # in this order, where there are not enough
+    for split in [split for split in served if fractions.get(split)][:total]:
+        if not counts[split]:
+            counts[max(counts, key=lambda name: (counts[name], served.index(name)))] -= 1
+            counts[split] = 1
+    return counts
 
 
 def row_weights(manifest: Manifest, balance: float) -> np.ndarray | None:
@@ -376,83 +411,93 @@ def row_weights(manifest: Manifest, balance: float) -> np.ndarray | None:
     return weights / weights.sum()
 
 
-def _unit(row: Row) -> str:
+def unit_of(row: Row) -> str:
     """What must never straddle splits: the patient, or the image where no patient is known."""
     return f"patient {row.patient_id}" if row.patient_id is not None else f"image {row.file_name}"
 
 
-def _text_conflicts(row: Row, knowledge: Knowledge | None) -> Iterator[str]:
+def text_problems(row: Row, knowledge: Knowledge | None) -> Iterator[Problem]:
+    """Contradictions within the texts, and between texts, label and attributes; none without a knowledge base."""
     if knowledge is None:
         return
     parsed = knowledge.parse(row.text)
     for contradiction in parsed.contradictions:
-        yield f"the text contradicts itself, {contradiction}: keep one"
+        yield Problem("contradiction", f"the text contradicts itself, {contradiction}: keep one")
     if row.label is not None and row.label not in knowledge.subtypes:
-        known = ", ".join(knowledge.subtypes)
-        yield f"label {row.label!r} is not in the {knowledge.organ} knowledge base ({known}): mend it, or use another"
+        known = f"the {knowledge.organ} knowledge base ({', '.join(knowledge.subtypes)})"
+        yield Problem("unknown_label", f"label {row.label!r} is not in {known}: mend it, or use another")
     elif row.label is not None and parsed.label is not None and parsed.label != row.label:
-        yield f"label {row.label!r}, but the text says {parsed.label}: mend one"
+        yield Problem("label_and_text", f"label {row.label!r}, but the text says {parsed.label}: mend one")
     for category, term in row.attributes.items():
         if category not in knowledge.categories or term not in knowledge.categories[category].terms:
-            yield f"attribute {category}: {term!r} is not in the {knowledge.organ} knowledge base"
+            message = f"attribute {category}: {term!r} is not in the {knowledge.organ} knowledge base"
+            yield Problem("unknown_attribute", message)
 
 
-def _file_problems(manifest: Manifest, row: Row, conditions: bool, siblings: "_Siblings") -> Iterator[str]:
-    """What is wrong with the files of one row."""
-    sizes: dict[str, tuple[int, int]] = {}
+def file_problems(
+    root: Path, row: Row, conditions: bool, siblings: "Siblings"
+) -> tuple[list[Problem], dict[str, Image.Image]]:
+    """What is wrong with the files of one row, and those that can be opened, decoded: column → image."""
+    problems: list[Problem] = []
+    images: dict[str, Image.Image] = {}
+    if conditions and row.condition_fg is None:
+        problems.append(Problem("no_mask", "has no condition_fg: fine training needs a nodule mask"))
+    if conditions and row.condition_bg is None:
+        command = f"python -m data.prepare conditions --data_dir {root}"
+        problems.append(Problem("no_map", f"has no condition_bg: write the maps with {command}"))
     for column in FILE_COLUMNS:
         value = getattr(row, column)
         if value is None:
-            if conditions and column == "condition_fg":
-                yield "has no condition_fg: fine training needs a nodule mask"
-            if conditions and column == "condition_bg":
-                yield "has no condition_bg: write the maps with python -m data.prepare conditions --data_dir " + str(
-                    manifest.root
-                )
             continue
-        path = manifest.root / value
+        path = root / value
         if not path.is_file():
             found = siblings.find(path)
-            yield f"{column} {value!r} does not exist{siblings.advice(found)}"
+            problems.append(Problem("missing_file", f"{column} {value!r} does not exist{siblings.advice(found)}"))
             if found is None:
                 continue
             path = found  # what is wrong with it is worth knowing in the same go
-        problems, size = _image_problems(path, is_mask=column in ("condition_fg", "organ_mask"))
-        yield from (f"{column} {path.name}: {problem}" for problem in problems)
-        if size is not None:
-            sizes[column] = size
-    image_size = sizes.pop("file_name", None)
-    for column, size in sizes.items():
-        if image_size and size != image_size:
-            yield f"{column} is {size[0]}x{size[1]}, the image {image_size[0]}x{image_size[1]}: make them agree"
+        wrong, image = _image_problems(path, column)
+        problems += [Problem(p.code, f"{column} {path.name}: {p.message}") for p in wrong]
+        if image is not None:
+            images[column] = image
+    for column, image in images.items():
+        if "file_name" in images and image.size != (size := images["file_name"].size):
+            message = f"{column} is {image.size[0]}x{image.size[1]}, the image {size[0]}x{size[1]}: make them agree"
+            problems.append(Problem("size", message))
+    return problems, images
 
 
-def _image_problems(path: Path, is_mask: bool) -> tuple[list[str], tuple[int, int] | None]:
-    """Problems of one image file, and its (width, height) if it opens."""
+def _image_problems(path: Path, column: str) -> tuple[list[Problem], Image.Image | None]:
+    """Problems of one image file, and the image if it opens."""
     from tiger.conditions import border_bars, open_image, to_gray
 
-    problems: list[str] = []
+    problems: list[Problem] = []
     try:
         image = open_image(path)
     except InputError as error:
-        return [str(error).removeprefix(f"{path}: ")], None
+        return [Problem("unreadable", str(error).removeprefix(f"{path}: "))], None
     expected = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower())
     if expected and image.format != expected:
-        problems.append(f"holds {image.format} under a {path.suffix} name: convert it to {expected}")
-    if is_mask:
+        message = f"holds {image.format} under a {path.suffix} name: convert it to {expected}"
+        problems.append(Problem("format", message))
+    if column in ("condition_fg", "organ_mask"):
         mask = to_gray(image)
         values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
         if not (mask >= 128).any():
             hint = " (its values are 0 and 1: multiply by 255)" if values.max() == 1 else ""
-            problems.append(f"the mask is empty{hint}: draw it or drop the row")
+            problems.append(Problem("empty_mask", f"the mask is empty{hint}: draw it or drop the row"))
         elif not np.isin(values, (0, 255)).all():
-            problems.append(f"the mask has {len(values)} grey levels instead of 0 and 255: threshold it at 128")
+            message = f"the mask has {len(values)} grey levels instead of 0 and 255: threshold it at 128"
+            problems.append(Problem("gray_mask", message))
+        if column == "condition_fg" and (mask >= 128).all():
+            problems.append(Problem("full_mask", "the mask is full: draw the lesion alone or drop the row"))
         for side, width in border_bars(mask).items():
-            problems.append(f"the mask has a white bar of {width} px along its {side} edge: paint it black")
-    return problems, image.size
+            message = f"the mask has a white bar of {width} px along its {side} edge: paint it black"
+            problems.append(Problem("white_bar", message))
+    return problems, image
 
 
-class _Siblings:
+class Siblings:
     """Finds where a missing file may be: below the manifest's folder or in the folders beside it."""
 
     def __init__(self, root: Path):

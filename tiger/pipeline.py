@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tiger.diffusion import latent_mask
 from tiger.errors import InputError
+from tiger.halves import Features, decode, encode
 from tiger.knowledge import Knowledge
 from tiger.model import DualControlNet, Residuals, unet_with_residuals
 from tiger.terms import token_weights
@@ -29,7 +30,8 @@ from tiger.tokenizer import encode_text
 
 Images = torch.Tensor | Sequence[Image.Image]
 Generators = torch.Generator | list[torch.Generator] | None
-Control = Callable[[str, torch.Tensor, torch.Tensor], Residuals | None]  # (branches, latents, timestep) -> residuals
+# (branches, latents, timestep, whether this step is guided) -> residuals
+Control = Callable[[str, torch.Tensor, torch.Tensor, bool], Residuals | None]
 
 # Which conditions each choice of branches needs.
 NEEDS = {
@@ -40,6 +42,8 @@ NEEDS = {
     "none": (),
 }
 
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
 _load_knowledge = functools.cache(Knowledge.load)  # the same few words for every batch
 
 
@@ -49,7 +53,8 @@ class TigerPipeline(DiffusionPipeline):
     Without a `controlnet` it is the coarse model, with `branches="none"` only.
     """
 
-    model_cpu_offload_seq = "text_encoder->controlnet->unet->vae"
+    # Not the controlnet: it takes turns with the U-Net at every step, so both stay on the device during sampling.
+    model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["controlnet"]
 
     def __init__(
@@ -87,6 +92,8 @@ class TigerPipeline(DiffusionPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        reuse_encoder: int = 1,
         control_uncond: str = "null",
         resolution_weighting: bool = False,
         fg_scale: float = 1.0,
@@ -108,11 +115,18 @@ class TigerPipeline(DiffusionPipeline):
         control_uncond: "null" is eq. 13, control in the conditional branch only; "text" controls both, with empty
         prompts for the unconditional one. resolution_weighting: residual i times latent size / its size, which is
         64 / h_i at 512 px (ControlNet §3.4). scales: factors on the residuals of each encoder.
+        guidance_interval: guide only at timesteps t with low ≤ t / T ≤ high, T those of training (Kynkäänniemi et al.
+        2024, https://arxiv.org/abs/2404.07724, who state it as noise levels σ). Other steps run one branch alone.
+        reuse_encoder: run all encoders at every k-th step only (see tiger/halves.py).
         generator: one for each image, so that any image can be made again alone.
-        output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1].
+        output_type: "pil", "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1]; "latent" (B, C, h, w) float32, what
+        the VAE would decode after division by its scaling factor.
+        callback_on_step_end: called as (pipeline, step, timestep, {"latents": (B, C, h, w)}); it may return the latents
+        to go on with under the same key. fg_then_bg counts the steps of each stage from 0.
         Raises InputError where arguments contradict each other.
         """
         self._check(text_fg, text_bg, masks, maps, images, strength, branches, control_uncond, generator)
+        _check_options(guidance_interval, reuse_encoder, output_type)
         if branches == "none":
             masks = maps = None
         size = self._size(height, width, masks, maps, images)
@@ -121,16 +135,29 @@ class TigerPipeline(DiffusionPipeline):
         init = None if images is None else self._encode_images(images)
 
         guided = guidance_scale > 1
+        low, high = (share * self.scheduler.config["num_train_timesteps"] for share in guidance_interval)
         states = self._states(_joint(text_fg, text_bg), guided)
         latent_size = [side // self.vae_scale_factor for side in size]
         shape = (len(text_fg), self.unet.config["in_channels"], *latent_size)
 
         def sample(branches: str, init: torch.Tensor | None, region: torch.Tensor | None, strength: float):
-            def predict(latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            features: Features | None = None
+
+            def predict(latents: torch.Tensor, t: torch.Tensor, index: int) -> torch.Tensor:
+                nonlocal features
+                guiding = guided and low <= float(t) <= high
                 latents = self.scheduler.scale_model_input(latents, t).to(states.dtype)
-                residuals = control(branches, latents, t)
-                output = unet_with_residuals(self.unet, _double(latents, guided), t, states, residuals)
-                return _guide(output.float(), guidance_scale, guidance_rescale) if guided else output.float()
+                inputs = _double(latents, guiding)
+                texts = states[-len(inputs) :]  # without the unconditional half where it is not needed
+                if reuse_encoder == 1:
+                    residuals = control(branches, latents, t, guiding)
+                    output = unet_with_residuals(self.unet, inputs, t, texts, residuals)
+                else:
+                    _bring_in(self.unet)
+                    if features is None or index % reuse_encoder == 0 or len(features.middle) != len(inputs):
+                        features = encode(self.unet, inputs, t, texts, control(branches, latents, t, guiding))
+                    output = decode(self.unet, features, t, texts)
+                return _guide(output.float(), guidance_scale, guidance_rescale) if guiding else output.float()
 
             # Latents stay in float32, whatever the networks run in: half precision cannot tell √(1−ᾱ) of late steps.
             noise = randn_tensor(shape, generator, self._execution_device, torch.float32)  # type: ignore[arg-type]
@@ -147,6 +174,9 @@ class TigerPipeline(DiffusionPipeline):
             else:
                 latents = sample(branches, init, None, strength)
 
+        if output_type == "latent":
+            self.maybe_free_model_hooks()
+            return ImagePipelineOutput(images=latents)  # type: ignore[arg-type]
         latents = latents.to(self.vae.dtype) / self.vae.config["scaling_factor"]
         decoded = self.vae.decode(latents, return_dict=False)[0]
         self.maybe_free_model_hooks()
@@ -154,7 +184,7 @@ class TigerPipeline(DiffusionPipeline):
 
     def _denoise(
         self,
-        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        predict: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
         noise: torch.Tensor,
         init: torch.Tensor | None,
         region: torch.Tensor | None,
@@ -179,7 +209,7 @@ class TigerPipeline(DiffusionPipeline):
         extra = {"generator": generator} if "generator" in accepts else {}
 
         for index, t in enumerate(self.progress_bar(timesteps)):  # type: ignore[call-arg]
-            latents = self.scheduler.step(predict(latents, t), t, latents, return_dict=False, **extra)[0]
+            latents = self.scheduler.step(predict(latents, t, index), t, latents, return_dict=False, **extra)[0]
             if region is not None and init is not None:
                 last = index + 1 == len(timesteps)
                 known = init if last else self.scheduler.add_noise(init, noise, timesteps[index + 1 : index + 2])
@@ -203,36 +233,47 @@ class TigerPipeline(DiffusionPipeline):
         """A function that gives the U-Net's residuals at a step. Texts and conditions are encoded once, here.
 
         uncond: the control of the unconditional branch, "text" or "null" (zeros), both giving residuals (2B, …) with
-        that branch first; "none" where there is no such branch, residuals (B, …).
+        that branch first at guided steps; (B, …) at others, and with "none", where no step is guided.
         """
         net = self.controlnet
         if net is None or (masks is None and maps is None):
             yield lambda *_: None
             return
-        both = uncond == "text"
-        fg_states, bg_states = self._states(text_fg, both), self._states(text_bg, both)
-        weights = self._term_weights(text_fg, both)
+        with_empty = uncond == "text"
+        fg_states, bg_states = self._states(text_fg, with_empty), self._states(text_bg, with_empty)
+        weights = self._term_weights(text_fg, with_empty)
+        _bring_in(net)
         with net.embedded_conditions(masks, maps) as (mask_embedding, map_embedding):
 
-            def control(branches: str, latents: torch.Tensor, t: torch.Tensor) -> Residuals | None:
+            def control(branches: str, latents: torch.Tensor, t: torch.Tensor, guiding: bool) -> Residuals | None:
+                both = with_empty and guiding
+                inputs = _double(latents, both)
                 residuals = net(
-                    _double(latents, both),
+                    inputs,
                     t,
-                    fg_states,
-                    bg_states,
+                    fg_states[-len(inputs) :],
+                    bg_states[-len(inputs) :],
                     None if branches == "bg" else _double(mask_embedding, both),
                     None if branches == "fg" else _double(map_embedding, both),
-                    term_weights=weights,
+                    term_weights=None if weights is None else weights[-len(inputs) :],
                     fg_scale=fg_scale,
                     bg_scale=bg_scale,
                 )
                 if resolution_weighting:
                     residuals = [r * (latents.shape[-2] / r.shape[-2]) for r in residuals]
-                if uncond == "null":
+                if guiding and uncond == "null":
                     residuals = [torch.cat([torch.zeros_like(r), r]) for r in residuals]  # (B, …) -> (2B, …)
                 return residuals
 
             yield control
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the networks' blocks in place (torch.compile with `options`): slow at first, faster from then on."""
+        nets = [self.unet] if self.controlnet is None else [self.unet, self.controlnet.fg, self.controlnet.bg]
+        for net in nets:
+            for block in (*net.down_blocks, net.mid_block, *getattr(net, "up_blocks", ())):
+                block.compile(**options)
+        self.vae.decoder.compile(**options)
 
     def _states(self, texts: Sequence[str], with_empty: bool) -> torch.Tensor:
         """(B, 77, D) hidden states; with_empty puts those of B empty prompts first: (2B, 77, D)."""
@@ -315,6 +356,24 @@ class TigerPipeline(DiffusionPipeline):
         for name, value in given.items():
             if value is not None and len(value) != len(text_fg):
                 raise InputError(f"{len(text_fg)} text_fg but {len(value)} {name}: give one for each image")
+
+
+def _check_options(guidance_interval: tuple[float, float], reuse_encoder: int, output_type: str) -> None:
+    """Raise InputError where an option has no meaning."""
+    low, high = guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"guidance_interval is (low, high) within 0..1, not {guidance_interval}")
+    if reuse_encoder < 1:
+        raise InputError(f"reuse_encoder is at least 1, not {reuse_encoder}")
+    if output_type not in OUTPUT_TYPES:
+        raise InputError(f"output_type is one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+
+
+def _bring_in(net: torch.nn.Module) -> None:
+    """With enable_model_cpu_offload, move a network to the device now: only its own forward would do so by itself."""
+    hook = getattr(net, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(net)
 
 
 def _joint(text_fg: Sequence[str], text_bg: Sequence[str]) -> list[str]:

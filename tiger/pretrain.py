@@ -39,10 +39,15 @@ def make_stage(
         train_text_encoder=config.train_text_encoder,
         learning_rate=config.learning_rate,
         weight_decay=config.adam_weight_decay,
+        lora_rank=config.lora_rank,
         snr_gamma=config.snr_gamma,
+        noise_offset=config.noise_offset,
         text_dropout=config.text_dropout,
         text_cache_size=config.text_cache_size,
         validation_inference_steps=config.validation_inference_steps,
+        use_8bit_adam=config.use_8bit_adam,
+        gradient_checkpointing=config.gradient_checkpointing,
+        compile=config.compile,
     )
 
 

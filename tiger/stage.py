@@ -57,6 +57,10 @@ class Stage(Protocol):
         """The scalar to call backward on, and detached scalars to log, "loss" among them."""
         ...
 
+    def flops(self, side: int) -> float:
+        """FLOPs of training on one image of `side` pixels."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the weights being trained."""
         ...
@@ -90,13 +94,20 @@ def noised(
     noise: SampleNoise,
     snr_gamma: float | None,
     timestep_sampling: str = "uniform",
+    noise_offset: float = 0.0,
 ) -> Noised:
-    """Draw latents from the VAE's moments (B, 2C, h, w), a timestep for each image, and noise them."""
+    """Draw latents from the VAE's moments (B, 2C, h, w), a timestep for each image, and noise them.
+
+    noise_offset: standard deviation of what is added to the noise of a whole channel, so that overall brightness is
+    learned too (Guttenberg 2023, https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+    """
     schedule = components.noise_schedule
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     latents = sample_latents(components.vae, moments, noise.randn(shape))
     timesteps = diffusion.timesteps(noise.rand(), schedule.config["num_train_timesteps"], timestep_sampling)
     epsilon = noise.randn(shape)
+    if noise_offset:
+        epsilon = epsilon + noise_offset * noise.randn((shape[0], 1, 1))
     return Noised(
         latents=diffusion.add_noise(schedule, latents, epsilon, timesteps),
         timesteps=timesteps,

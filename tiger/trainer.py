@@ -5,11 +5,8 @@ checkpoint continues as if it had never stopped, and no random state needs savin
 """
 
 import contextlib
-import json
+import functools
 import math
-import signal
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,15 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from tiger import checkpoint
+from tiger import checkpoint, guard
 from tiger.dataset import StepSampler, TigerDataset, batch_indices, places
-from tiger.files import atomic_path
+from tiger.errors import WorkFailed
+from tiger.files import atomic_path, read_json, write_json
 from tiger.stage import SampleNoise, Stage, derive_seed
+from tiger.tracking import Log
+
+NAMED = 8  # images that a message names
 
 
 class Ema:
@@ -71,85 +72,6 @@ class Ema:
             self.average[name].copy_(value)
 
 
-class Log:
-    """Means of what steps log, to the progress bar, metrics.jsonl and tensorboard.
-
-    Values stay on the device between two calls of `write`: no step waits for it.
-    """
-
-    def __init__(self, output_dir: Path, start: int, stop: int, images_per_step: int, enabled: bool):
-        self.path = output_dir / "metrics.jsonl"
-        self.images_per_step = images_per_step
-        self.enabled = enabled
-        self.sums: dict[str, torch.Tensor] = {}
-        self.steps = 0
-        self.seconds = 0.0
-        if enabled:
-            from torch.utils.tensorboard import SummaryWriter
-
-            drop_lines_after(self.path, start)
-            self.board = SummaryWriter(str(output_dir / "logs"), purge_step=start)
-        interval = 0.5 if sys.stderr.isatty() else 10.0  # seconds; log files stay short
-        self.bar = tqdm(
-            total=stop, initial=start, desc="training", unit="step", mininterval=interval, disable=not enabled
-        )
-
-    def add(self, values: dict[str, torch.Tensor]) -> None:
-        """Take in the values of one step."""
-        for name, value in values.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.steps += 1
-        self.bar.update()
-
-    def write(self, step: int, learning_rate: float, accelerator: Accelerator) -> None:
-        """Log the means since the last call."""
-        self.check(step)
-        sums = torch.stack(list(self.sums.values())) / self.steps
-        reduced: Any = accelerator.reduce(sums, reduction="mean")
-        means = dict(zip(self.sums, reduced.tolist(), strict=True))
-        rate = self.images_per_step * self.steps / max(self.seconds, 1e-9)
-        values = means | {"learning_rate": learning_rate, "images_per_second": rate}
-        if self.enabled:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            self.bar.set_postfix_str(
-                f"loss {means['loss']:.4f}, lr {learning_rate:.2g}, {rate:.1f} images/s", refresh=False
-            )
-        self.sums, self.steps, self.seconds = {}, 0, 0.0
-
-    def check(self, step: int) -> None:
-        """Raise FloatingPointError if anything logged since the last call of `write` is no longer a finite number."""
-        for name, value in self.sums.items():
-            if not math.isfinite(value.item()):
-                raise FloatingPointError(
-                    f"{name} became {value.item()} between steps {step - self.steps} and {step}; the checkpoints "
-                    "before are intact; try a lower --learning_rate"
-                )
-
-    def add_image(self, image: Image.Image, step: int) -> None:
-        """Show a grid in tensorboard."""
-        self.board.add_image("validation", np.asarray(image), step, dataformats="HWC")
-
-    def close(self) -> None:
-        """End the bar and flush tensorboard."""
-        self.bar.close()
-        if self.enabled:
-            self.board.close()
-
-
-def drop_lines_after(path: Path, step: int) -> None:
-    """Remove what a run logged after the checkpoint that it now resumes from; also a last line cut short."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
 def lr_factor(scheduler: str, step: int, warmup: int, total: int) -> float:
     """Share of the peak learning rate at optimizer step `step` (from 0) of `total`."""
     if step < warmup:
@@ -170,82 +92,127 @@ def train(
     *,
     output_dir: Path,
     config_text: str,
+    card: str,
     max_train_steps: int,
     train_batch_size: int,
     gradient_accumulation_steps: int,
     lr_scheduler: str,
     lr_warmup_steps: int,
     max_grad_norm: float,
+    max_loss: float,
+    skip_bad_steps: int,
     ema_decay: float | None,
     seed: int,
     checkpointing_steps: int,
     checkpoints_total_limit: int,
     validation_steps: int,
     log_steps: int,
+    flops_per_image: float | None = None,
     dataloader_num_workers: int,
 ) -> bool:
     """Train `stage` from the newest valid checkpoint in `output_dir`, or from the start; the finished model goes there.
 
-    weights: (N,) drawing probabilities of the rows, or None. ema_decay: None for no average.
-    Returns False if a signal stopped it early; then a checkpoint of the last step was saved.
+    weights: (N,) drawing probabilities of the rows, or None. card: the finished model's README.md.
+    ema_decay: None for no average. Returns False if a signal stopped it early; then a checkpoint of the last step was
+    saved. Raises WorkFailed where steps go wrong (see guard.Guard).
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     parameters = [p for p in stage.trainable.parameters() if p.requires_grad]
     peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in stage.optimizers]
     ema = Ema(stage.trainable, ema_decay) if ema_decay is not None else None
-    resumed = checkpoint.newest_valid(output_dir)
+    resumed = newest_checkpoint(accelerator, output_dir, checkpoints_total_limit)
     if resumed:
-        load(resumed, stage, ema)
+        load(resumed, stage, ema, accelerator)
     start = checkpoint.step_of(resumed) if resumed else 0
     stage.trainable = accelerator.prepare(stage.trainable)
     optimizers = [accelerator.prepare(optimizer) for optimizer in stage.optimizers]
     cut = {"batch_size": train_batch_size, "accumulation": gradient_accumulation_steps, "rank": rank, "world": world}
     sampler = StepSampler(len(dataset), weights, seed=seed, start=start, stop=max_train_steps, **cut)
     images_per_step = train_batch_size * gradient_accumulation_steps * world
-    log = Log(output_dir, start, max_train_steps, images_per_step, accelerator.is_main_process)
+    rows_of = functools.partial(
+        batch_indices, seed, batch_size=images_per_step, count=len(dataset), weights=weights
+    )  # of a step
+    log = Log(accelerator, output_dir, start, max_train_steps, images_per_step, flops_per_image)
     averaged = ema.applied if ema else contextlib.nullcontext
+
+    def due(every: int) -> bool:
+        return every > 0 and step > 0 and (step % every == 0 or step == max_train_steps)
+
+    def export(folder: Path) -> None:
+        stage.export(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
     step = start
-    with stop_signal() as stop, contextlib.closing(log):
-        batches = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=dataloader_num_workers))
-        while step < max_train_steps:
-            began = time.perf_counter()
-            factor = lr_factor(lr_scheduler, step, lr_warmup_steps, max_train_steps)
-            set_rates(stage.optimizers, peak_rates, factor)
-            rows = batch_indices(seed, step, images_per_step, len(dataset), weights)
-            stage.begin_step([dataset.texts(row) for row in rows])
-            logged = accumulate(accelerator, stage, batches, seed, step, **cut)
-            logged["grad_norm"] = torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_grad_norm))
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            if ema:
-                ema.update(step)
-            step += 1
-            log.add(logged)
-            log.seconds += time.perf_counter() - began
-            if step % log_steps == 0 or step == max_train_steps:
-                log.write(step, peak_rates[0][0] * factor, accelerator)
-            stopping = stop.requested(accelerator, step % log_steps == 0)
-            if step % checkpointing_steps == 0 or step == max_train_steps or stopping:
-                log.check(step)  # before weights that are no numbers are saved
-                if accelerator.is_main_process:
-                    checkpoint.save(output_dir, step, lambda folder: save(folder, stage, ema, config_text))
-                    checkpoint.rotate(output_dir, checkpoints_total_limit)
-                accelerator.wait_for_everyone()
-            if stopping:
-                return False
-            if validation_steps and (step % validation_steps == 0 or step == max_train_steps):
-                if accelerator.is_main_process:
+    with guard.stop_signal() as stop, contextlib.closing(log):
+        watch = guard.Guard(
+            accelerator, stop, max_loss=max_loss, skip_bad_steps=skip_bad_steps,
+            describe=lambda step: name_files(dataset, rows_of(step)),
+        )  # fmt: skip
+        pinned = accelerator.device.type == "cuda"  # or copying a batch to the GPU would wait for it
+        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=dataloader_num_workers, pin_memory=pinned)
+        batches = iter(loader)
+        while True:
+            if due(validation_steps):  # here, so that a run stopped between checkpoint and grid still draws it
+                if accelerator.is_main_process and (step > start or not grid_path(output_dir, step).exists()):
                     with averaged():
                         grid = stage.validate()
                     save_grid(grid, output_dir, step)
                     log.add_image(grid, step)
                 accelerator.wait_for_everyone()
+            if step >= max_train_steps:
+                break
+            log.begin()
+            factor = lr_factor(lr_scheduler, step, lr_warmup_steps, max_train_steps)
+            set_rates(stage.optimizers, peak_rates, factor)
+            stage.begin_step([dataset.texts(row) for row in rows_of(step)])
+            logged = accumulate(accelerator, stage, batches, seed, step, **cut)
+            logged["grad_norm"] = torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_grad_norm))
+            bad = watch.judge(step, logged["loss"], logged["grad_norm"])
+            guard.apply(optimizers, stage.optimizers, bad)
+            if ema:
+                ema.update(step)
+            step += 1
+            log.add(logged, bad)
+            pausing = due(log_steps) or due(checkpointing_steps) or due(validation_steps)
+            stopping = watch.settle(everything=pausing)
+            if pausing or stopping:
+                log.write(step, peak_rates[0][0] * factor)
+            if due(checkpointing_steps) or stopping:
+                if accelerator.is_main_process:
+                    checkpoint.save(output_dir, step, lambda folder: save(folder, stage, ema, accelerator, config_text))
+                    checkpoint.rotate(output_dir, checkpoints_total_limit, newest=step)
+                accelerator.wait_for_everyone()
+            if stopping:
+                return False
     if accelerator.is_main_process:
         with averaged():
-            checkpoint.publish(output_dir, step, stage.export)
+            checkpoint.publish(output_dir, step, export)
     accelerator.wait_for_everyone()
     return True
+
+
+def newest_checkpoint(accelerator: Accelerator, output_dir: Path, keep: int) -> Path | None:
+    """Where to go on from, None at the start: found by the main process, the same for all.
+
+    Those that a killed run should have rotated away are deleted here.
+    """
+    found: list[Path | None] = [None]
+    if accelerator.is_main_process and (newest := checkpoint.newest_valid(output_dir)):
+        checkpoint.rotate(output_dir, keep, newest=checkpoint.step_of(newest))
+        found = [newest]
+    broadcast_object_list(found)
+    if found[0] and not found[0].is_dir():
+        raise WorkFailed(
+            f"process {accelerator.process_index} cannot see {found[0]}: --output_dir must be shared by all"
+        )
+    return found[0]
+
+
+def name_files(dataset: TigerDataset, rows: np.ndarray) -> str:
+    """The image files of a global batch; only the first of many."""
+    names = [dataset.row(row).file_name for row in rows]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def accumulate(
@@ -274,59 +241,35 @@ def set_rates(optimizers: list[torch.optim.Optimizer], peak_rates: list[list[flo
             group["lr"] = rate * factor
 
 
-def save(folder: Path, stage: Stage, ema: Ema | None, config_text: str) -> None:
+def save(folder: Path, stage: Stage, ema: Ema | None, accelerator: Accelerator, config_text: str) -> None:
     """Write all that resuming needs into a checkpoint folder."""
     stage.save(folder)
     for index, optimizer in enumerate(stage.optimizers):
         checkpoint.save_optimizer(optimizer, folder / f"optimizer-{index}.safetensors")
     if ema:
         ema.save(folder / "ema.safetensors")
+    if accelerator.scaler:  # fp16's gradient scale
+        write_json(folder / "scaler.json", accelerator.scaler.state_dict())
     (folder / "config.yaml").write_text(config_text, encoding="utf-8")
 
 
-def load(folder: Path, stage: Stage, ema: Ema | None) -> None:
+def load(folder: Path, stage: Stage, ema: Ema | None, accelerator: Accelerator) -> None:
     """Read what `save` wrote."""
     stage.load(folder)
     for index, optimizer in enumerate(stage.optimizers):
         checkpoint.load_optimizer(optimizer, folder / f"optimizer-{index}.safetensors")
     if ema:
         ema.load(folder / "ema.safetensors")
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(read_json(folder / "scaler.json"))
 
 
 def save_grid(grid: Image.Image, output_dir: Path, step: int) -> None:
     """Write a validation grid."""
-    with atomic_path(output_dir / "validation" / f"step-{step}.png") as path:
+    with atomic_path(grid_path(output_dir, step)) as path:
         grid.save(path)
 
 
-class StopFlag:
-    """Remembers the signal that asked the process to stop."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __call__(self, number: int, frame: Any) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-
-    def requested(self, accelerator: Accelerator, agree: bool) -> bool:
-        """Whether to stop now. Several processes ask each other, only when `agree`, as that waits for the device."""
-        if accelerator.num_processes == 1:
-            return self.signal is not None
-        if not agree:
-            return False
-        asked = torch.tensor(float(self.signal is not None), device=accelerator.device)
-        answers: Any = accelerator.reduce(asked, reduction="sum")
-        return answers.item() > 0
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[StopFlag]:
-    """Inside this block SIGTERM (a cluster's warning) and SIGINT (Ctrl-C) only set the flag that is given."""
-    flag = StopFlag()
-    before = {number: signal.signal(number, flag) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def grid_path(output_dir: Path, step: int) -> Path:
+    """Where the validation grid of a step is."""
+    return output_dir / "validation" / f"step-{step}.png"

@@ -8,11 +8,10 @@ Pawłowska et al., Sci Data 2024;11:148; TCIA, doi:10.7937/9WKK-Q141, CC BY 4.0.
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from data.sources.writer import write_case
-from tiger.conditions import Gray, read_gray, read_mask
+from data.sources.writer import merge_masks, write_case
+from tiger.conditions import read_gray, read_mask
 from tiger.errors import InputError
 from tiger.knowledge import Knowledge
 from tiger.manifest import Row, assign_splits
@@ -133,13 +132,6 @@ def mask_names(case: dict[str, Any]) -> list[str]:
     """File names of the lesion masks of one case: the tumour's and those of other lesions."""
     cells = (case["Mask_tumor_filename"], case["Mask_other_filename"])
     return [name for cell in cells if cell for name in str(cell).split("&")]
-
-
-def merge_masks(masks: list[Gray]) -> Gray:
-    """The union of masks of one size."""
-    if len({mask.shape for mask in masks}) > 1:
-        raise InputError(f"the masks of one case differ in size: {[mask.shape[::-1] for mask in masks]}")
-    return np.maximum.reduce(masks)
 
 
 def attributes_of(case: dict[str, Any]) -> dict[str, str]:

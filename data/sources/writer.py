@@ -1,13 +1,22 @@
-"""What every source writes: an 8-bit gray PNG each for image, mask and Sobel map, in the folders of the contract."""
+"""What sources have in common: reading a table, rows in parallel, and an 8-bit gray PNG each for image, mask and Sobel
+map in the folders of the contract."""
 
+import csv
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, TypeVar
 
+import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from tiger.conditions import Gray, resize_gray, resize_mask, sobel_map
 from tiger.errors import InputError
 from tiger.files import atomic_path
+from tiger.manifest import Row
+
+Item = TypeVar("Item")
 
 
 class Columns(TypedDict):
@@ -51,3 +60,44 @@ def write_case(
         columns["condition_fg"] = f"condition_fg/{stem}.png"
         write_png(output_dir / columns["condition_fg"], mask)
     return columns
+
+
+def merge_masks(masks: list[Gray]) -> Gray:
+    """The union of masks of one size."""
+    if len({mask.shape for mask in masks}) > 1:
+        raise InputError(f"the masks of one case differ in size: {[mask.shape[::-1] for mask in masks]}")
+    return np.maximum.reduce(masks)
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The lines of a UTF-8 table, cells stripped, missing ones empty. Raises InputError where a column is not there."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: give the data set's own folder")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            lines = [{name: (cell or "").strip() for name, cell in line.items() if name} for line in reader]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 CSV ({error}): download it again") from error
+    if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+        raise InputError(f"{path}: has no column {', '.join(missing)}: give the published table")
+    return lines
+
+
+def collect_rows(make: Callable[[Item], Row], items: Sequence[Item], name: str, where: Path) -> list[Row]:
+    """`make` of each item, in order and on all cores (decoding and encoding release the interpreter lock).
+
+    Raises one InputError that lists what is wrong with every item.
+    """
+
+    def attempt(item: Item) -> Row | str:
+        try:
+            return make(item)
+        except InputError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        results = list(tqdm(pool.map(attempt, items), total=len(items), desc=name, unit="image"))
+    if problems := [result for result in results if isinstance(result, str)]:
+        raise InputError("\n  ".join([f"{where}: {len(problems)} problems:", *problems]))
+    return [result for result in results if isinstance(result, Row)]

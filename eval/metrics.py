@@ -1,0 +1,197 @@
+"""Distances between two sets of images, over their features: pure functions of (N, D) arrays.
+
+Every matrix of distances is made in tiles of at most CELLS numbers, so 30,000 × 30,000 images need no more memory than
+their features and a few tiles.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Features = NDArray[np.floating[Any]]  # (N, D)
+K = 5  # neighbours, as in Naeem et al. 2020
+CELLS = 2**24  # numbers in a tile: 128 MB
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # google-research/cmmd, distance.py
+POINTS = 15  # sizes that FID∞ is extrapolated from, as its authors
+
+
+# ----------------------------------------------------------------------------------------------------------------- FID
+
+
+def fid(a: Features, b: Features) -> float:
+    """Fréchet distance of two Gaussians fitted to (N, D) features (Heusel et al. 2017), sample covariances.
+
+    tr √(Σa Σb) is the nuclear norm of A Bᵀ for centred A, B with Σ = AᵀA, which needs no matrix root and is exact where
+    N < D too; taller matrices are first reduced to their D×D triangular factors.
+    """
+    factors, means, traces = [], [], []
+    for x in (np.asarray(a, np.float64), np.asarray(b, np.float64)):
+        centred = (x - x.mean(0)) / np.sqrt(len(x) - 1)
+        factors.append(np.linalg.qr(centred, mode="r") if len(x) > x.shape[1] else centred)
+        means.append(x.mean(0))
+        traces.append((centred**2).sum())
+    cross = factors[0] @ factors[1].T
+    gram = cross @ cross.T if cross.shape[0] <= cross.shape[1] else cross.T @ cross
+    root = np.sqrt(np.linalg.eigvalsh(gram).clip(0)).sum()
+    return float(((means[0] - means[1]) ** 2).sum() + traces[0] + traces[1] - 2 * root)
+
+
+def fid_infinity(a: Features, b: Features, seed: int = 0) -> float:
+    """FID extrapolated to infinitely many images: the intercept of a line through FID over 1/N (Chong & Forsyth 2020).
+
+    Both sets shrink together, from all to a quarter of the smaller, so that the bias of either goes; the authors hold
+    the real one fixed. The bias is linear in 1/N where N is well above D only.
+    """
+    rng = np.random.default_rng(seed)
+    most = min(len(a), len(b))
+    sizes = np.linspace(most, max(2, most // 4), POINTS).astype(int)
+    values = [fid(a[rng.permutation(len(a))[:n]], b[rng.permutation(len(b))[:n]]) for n in sizes]
+    return float(np.polyfit(1 / sizes, values, 1)[1])
+
+
+# ----------------------------------------------------------------------------------------------------------------- MMD
+
+Kernel = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]  # (n, D), (m, D) -> (n, m)
+
+
+def kid(a: Features, b: Features, subset_size: int | None = None, subsets: int = 100, seed: int = 0) -> float:
+    """Kernel distance: unbiased MMD² with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018). It may be negative.
+
+    Args:
+        subset_size: with it, the mean over `subsets` random subsets of this size, as the original code computes it.
+    """
+    if subset_size is None:
+        return _mmd2(a, b, lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3)[1]
+    if subset_size > min(len(a), len(b)):
+        raise ValueError(f"subset_size {subset_size} exceeds the {min(len(a), len(b))} images there are")
+    rng = np.random.default_rng(seed)
+    pairs = [(rng.choice(len(a), subset_size, False), rng.choice(len(b), subset_size, False)) for _ in range(subsets)]
+    return float(np.mean([kid(a[i], b[j]) for i, j in pairs]))
+
+
+def cmmd(a: Features, b: Features, unbiased: bool = False) -> float:
+    """1000 · MMD² with the Gaussian kernel of σ = 10 (Jayasumana et al. 2024), over CLIP embeddings of length 1.
+
+    Args:
+        unbiased: leave the diagonals out, as the published code does not: its value for equal distributions is about
+            2000 / N · (1 − mean kernel), 0.5 at N = 20. The unbiased one is 0 on average, and may be negative.
+    """
+    return cmmd_estimates(a, b)[unbiased]
+
+
+def cmmd_estimates(a: Features, b: Features) -> tuple[float, float]:
+    """(biased, unbiased) CMMD, for the price of one."""
+    gamma = 1 / (2 * CMMD_SIGMA**2)
+    biased, unbiased = _mmd2(a, b, lambda x, y: np.exp(-gamma * _squared_distances(x, y)))
+    return CMMD_SCALE * biased, CMMD_SCALE * unbiased
+
+
+def _mmd2(a: Features, b: Features, kernel: Kernel) -> tuple[float, float]:
+    """(V-statistic, U-statistic): the latter leaves out each image's kernel with itself."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    biased = unbiased = -2 * sum(float(kernel(a[tile], b).sum()) for tile in _tiles(a, b)) / (len(a) * len(b))
+    for x in (a, b):
+        total = diagonal = 0.0
+        for tile in _tiles(x, x):
+            values = kernel(x[tile], x)
+            total += float(values.sum())
+            diagonal += float(values.diagonal(tile.start).sum())
+        biased += total / len(x) ** 2
+        unbiased += (total - diagonal) / (len(x) * (len(x) - 1))
+    return biased, unbiased
+
+
+# ---------------------------------------------------------------------------------------------------------- neighbours
+
+
+def _tiles(x: Features, y: Features) -> Iterator[slice]:
+    """Rows of `x`, in parts of which each has at most CELLS distances to `y`."""
+    step = max(1, CELLS // max(1, len(y)))
+    return (slice(start, start + step) for start in range(0, len(x), step))
+
+
+def _squared_distances(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    squares = a @ b.T  # (len(a), len(b)); the rest is in place, for memory
+    squares *= -2
+    squares += (a * a).sum(1)[:, None]
+    squares += (b * b).sum(1)
+    return np.maximum(squares, 0, out=squares)
+
+
+def distances(a: Features, b: Features) -> NDArray[np.float64]:
+    """(len(a), len(b)) Euclidean distances."""
+    squares = _squared_distances(np.asarray(a, np.float64), np.asarray(b, np.float64))
+    return np.sqrt(squares, out=squares)
+
+
+def nearest(x: Features, among: Features, skip_self: bool = False) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """(index of the nearest row of `among`, its distance) for each row of `x`; both empty where `among` is.
+
+    Args:
+        skip_self: `x` and `among` are the same rows, and none is its own neighbour.
+    """
+    indices, values = [np.zeros(0, np.int64)], [np.zeros(0)]
+    for tile in _tiles(x, among) if len(among) else ():
+        block = distances(x[tile], among)
+        if skip_self:
+            rows = np.arange(len(block))
+            block[rows, tile.start + rows] = np.inf
+        indices.append(block.argmin(1))
+        values.append(block.min(1))
+    return np.concatenate(indices), np.concatenate(values)
+
+
+def _radii(x: Features, k: int) -> NDArray[np.float64]:
+    """Distance of each row to its k-th nearest other row."""
+    if len(x) <= k:
+        raise ValueError(f"k = {k} needs more than {k} images, got {len(x)}")
+    # The nearest is the row itself.
+    return np.concatenate([np.partition(distances(x[tile], x), k, axis=1)[:, k] for tile in _tiles(x, x)])
+
+
+def neighbourhoods(real: Features, fake: Features, k: int = K) -> dict[str, float]:
+    """density, coverage, precision and recall, from one pass over the distances."""
+    real_radii, fake_radii = _radii(real, k), _radii(fake, k)
+    inside = covered = recalled = 0
+    precise = np.zeros(len(fake), bool)
+    for tile in _tiles(real, fake):
+        block = distances(real[tile], fake)
+        within = block < real_radii[tile, None]
+        inside += int(within.sum())
+        covered += int(within.any(1).sum())
+        precise |= within.any(0)
+        recalled += int((block < fake_radii).any(1).sum())
+    return {
+        "density": inside / (k * len(fake)),
+        "coverage": covered / len(real),
+        "precision": float(precise.mean()),
+        "recall": recalled / len(real),
+    }
+
+
+def density_coverage(real: Features, fake: Features, k: int = K) -> tuple[float, float]:
+    """(density, coverage) of Naeem et al. 2020, eq. 3 and 4. Coverage needs equally many images to be comparable."""
+    found = neighbourhoods(real, fake, k)
+    return found["density"], found["coverage"]
+
+
+def precision_recall(real: Features, fake: Features, k: int = K) -> tuple[float, float]:
+    """Improved (precision, recall) of Kynkäänniemi et al. 2019, eq. 2."""
+    found = neighbourhoods(real, fake, k)
+    return found["precision"], found["recall"]
+
+
+# -------------------------------------------------------------------------------------------------------------- classes
+
+
+def inception_score(probabilities: NDArray[np.floating[Any]]) -> float:
+    """exp of the mean KL divergence of p(class | image) from p(class) (Salimans et al. 2016), over one split.
+
+    Args:
+        probabilities: (N, C), of the classifier that the features come from. 1 … C; it grows with N.
+    """
+    p = np.asarray(probabilities, np.float64)
+    logs = np.log(np.maximum(p, 1e-300)) - np.log(np.maximum(p.mean(0), 1e-300))
+    return float(np.exp((p * logs).sum(1).mean()))

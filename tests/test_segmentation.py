@@ -1,0 +1,181 @@
+"""Labels keep the shape of masks; a tiny model is trained, stored, read back and used, all without a network."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import segmentation
+from data.prepare import main
+from tiger.errors import InputError, run
+from tiger.manifest import Manifest, Row, read, write
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = 64
+# Runs a command of data.prepare; any attempt to reach the network is written to stderr and fails.
+OFFLINE = """
+import os, socket, sys
+def refuse(*args, **options):
+    print("NETWORK", args, file=sys.stderr)
+    raise OSError("no network")
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
+from data.prepare import main
+main(sys.argv[1:])
+"""
+
+
+def disk(x: int, y: int, radius: int, size: int = SIZE) -> np.ndarray:
+    return cv2.circle(np.zeros((size, size), np.uint8), (x, y), radius, 255, -1)
+
+
+def data_set(folder: Path, count: int = 24) -> Manifest:
+    """Bright disks on dark noise, each with its mask; every fourth row has none and no split lacks one."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        mask = disk(*rng.integers(22, 42, 2).tolist(), int(rng.integers(9, 15)))
+        image = np.clip(rng.normal(60, 20, (SIZE, SIZE)) + 120 * (mask > 0), 0, 255).astype(np.uint8)
+        for name, array in (("images", image), ("condition_fg", mask)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(folder / name / f"{i}.png")
+        named = None if i % 4 == 3 else f"condition_fg/{i}.png"
+        split = ("train", "train", "valid", "test")[i // 2 % 4]
+        rows.append(
+            Row(f"images/{i}.png", "benign", "sonogram", condition_fg=named, split=split, patient_id=f"P{i // 2}")
+        )
+    write(folder / "metadata.jsonl", rows)
+    return read(folder)
+
+
+@pytest.mark.parametrize("case", ["disk", "two", "hole", "two holes", "edge", "speck"])
+def test_polygons_keep_the_mask(case: str):
+    mask = disk(30, 30, 20)
+    if case == "two":
+        mask |= disk(56, 56, 5)
+    if "hole" in case:
+        mask &= ~disk(26, 30, 6)
+    if case == "two holes":
+        mask &= ~disk(40, 32, 4)
+    if case == "edge":
+        mask = disk(0, 30, 20)
+    if case == "speck":
+        mask[60, 60] = 255
+    shapes = segmentation.polygons(mask)
+    assert len(shapes) == (2 if case == "two" else 1)
+    assert all(shape.min() >= 0 and shape.max() <= 1 for shape in shapes)
+    again = segmentation.fill(shapes, SIZE, SIZE)
+    assert segmentation.overlap(again, mask)[1] > 0.93
+    if "hole" in case:
+        assert again[30, 26] == 0
+    assert segmentation.polygons(np.zeros_like(mask)) == []
+
+
+def test_ultralytics_reads_the_labels_as_they_are_meant():
+    """Its own rasteriser gives the hole back."""
+    segmentation.ultralytics()
+    from ultralytics.data.utils import polygon2mask
+
+    mask = disk(30, 30, 20) & ~disk(26, 30, 6)
+    (shape,) = segmentation.polygons(mask)
+    theirs = polygon2mask((SIZE, SIZE), [(shape * SIZE).ravel()], color=255)
+    assert segmentation.overlap(theirs, mask)[1] > 0.9 and theirs[30, 26] == 0
+
+
+def test_yolo_layout(tmp_path: Path):
+    data = data_set(tmp_path / "set")
+    segmentation.write_yolo(data, "nodule", tmp_path / "yolo")
+    labels = sorted((tmp_path / "yolo" / "labels" / "train").iterdir())
+    assert len(labels) == len(list((tmp_path / "yolo" / "images" / "train").iterdir())) == 9
+    values = [float(value) for value in labels[0].read_text().split()]
+    shape = np.array(values[1:]).reshape(-1, 2)
+    truth = segmentation.read_mask(data.file(data.rows[0], "condition_fg"))
+    assert values[0] == 0 and segmentation.overlap(segmentation.fill([shape], SIZE, SIZE), truth)[0] > 0.95
+    with pytest.raises(InputError, match="no train row has organ_mask"):
+        segmentation.write_yolo(data, "organ", tmp_path / "other")
+
+
+def test_overlap():
+    a, b = np.zeros((2, 4, 4), np.uint8)
+    a[:2], b[1:3] = 255, 255
+    assert segmentation.overlap(a, b) == (0.5, 1 / 3)
+    assert segmentation.overlap(a * 0, b * 0) == (1, 1)
+
+
+def test_train_predict_and_evaluate_offline(tmp_path: Path):
+    data_set(tmp_path / "set")
+    folder, model = str(tmp_path / "set"), str(tmp_path / "model")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+
+    def segmenter(*argv: str) -> dict:
+        done = subprocess.run(
+            [sys.executable, "-c", OFFLINE, "segmenter", *argv],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0 and b"NETWORK" not in done.stderr, done.stderr.decode()[-2000:]
+        return json.loads(done.stdout[done.stdout.index(b"{") :])
+
+    options = ("--epochs", "1", "--imgsz", "64", "--batch", "8", "--device", "cpu")
+    scores = segmenter("train", "--data_dir", folder, "--output_dir", model, *options)
+    assert sorted(path.name for path in Path(model).iterdir()) == ["model.json", "model.safetensors", "scores.json"]
+    assert not list((tmp_path / "home").rglob("*ltralytics*"))
+    assert scores["test"]["images"] == 3 and scores["valid"]["patients"] == 3
+    assert all(0 <= scores[split]["dice"]["low"] <= scores[split]["dice"]["high"] <= 1 for split in ("valid", "test"))
+
+
+def test_masks_are_added_where_there_are_none(tmp_path: Path):
+    data = data_set(tmp_path)
+    before = {row.file_name: row.condition_fg for row in data.rows}
+
+    def segment(gray: np.ndarray) -> tuple[np.ndarray, float]:
+        mask = np.where(gray > 130, 255, 0).astype(np.uint8)
+        return (mask * 0, 0.1) if gray[0, 0] % 2 else (mask, 0.9)
+
+    report = segmentation.add_masks(data, "condition_fg", segment)
+    rows = {row.file_name: row for row in read(tmp_path).rows}
+    assert report["masks"] + report["without"] == len(report["confidence"]) == 6 and report["masks"]
+    for name, row in rows.items():
+        if before[name]:
+            assert row.condition_fg == before[name] and name not in report["confidence"]
+        else:
+            assert (row.condition_fg is not None) == (report["confidence"][name] == 0.9)
+    assert json.loads((tmp_path / "segmenter.json").read_text()) == report
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data_set(tmp_path / "set")
+    folder = ["--data_dir", str(tmp_path / "set")]
+    (tmp_path / "evil.pt").write_bytes(b"junk")
+    train = ["train", *folder, "--output_dir", str(tmp_path / "m")]
+    for argv, told in (
+        (["predict", *folder, "--model", str(tmp_path)], "holds no model.safetensors"),
+        ([*train, "--start", str(tmp_path / "none.pt")], "nothing is downloaded"),
+        ([*train, "--start", str(tmp_path / "evil.pt")], "must load without running code"),
+        ([*train, "--start", "yolov99-seg.yaml"], "give one such as yolov8n-seg.yaml"),
+        (["lungs", *folder, "--weights", str(tmp_path / "x.pth")], "give the path of pspnet"),
+    ):
+        assert run(main, ["segmenter", *argv]) == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path):
+    import torch
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    data_set(tmp_path / "set")
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    options = {"target": "nodule", "epochs": 1, "imgsz": 64, "batch": 8, "seed": 0, "device": "cpu"}
+    with pytest.raises(InputError, match="must load without running code"):
+        segmentation.train(str(tmp_path / "set"), str(tmp_path / "m"), start=str(tmp_path / "evil.pt"), **options)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,323 @@
+"""Adapters of public data sets, each on a miniature of the published layout, and the generic one."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_dicom import make, speckle
+
+from data.prepare import main
+from data.sources import busi, chexpert
+from tiger.errors import run
+from tiger.knowledge import Knowledge
+from tiger.manifest import Row, check, read
+
+XRAYS = Path(__file__).resolve().parents[2] / "shared" / "data" / "pediatric_cxr"
+# The classes of annotations_*.csv and the diseases of image_labels_*.csv, in the spelling of VinDr-PCXR 1.0.0.
+VINDR_FINDINGS = (
+    "Anterior mediastinal mass", "Aortic enlargement", "Atelectasis", "Boot-shaped heart", "Bronchectasis",
+    "Bronchial thickening", "Calcification", "Cardiomegaly", "Chest wall mass", "Clavicle fracture", "Consolidation",
+    "Dextro cardia", "Diffuse aveolar opacity", "Edema", "Egg on string sign", "Emphysema", "Enlarged PA",
+    "Expanded edges of the anterior ribs", "Infiltration", "Interstitial lung disease - ILD",
+    "Intrathoracic digestive structure", "Lung cavity", "Lung cyst", "Lung hyperinflation", "Mediastinal shift",
+    "Other lesion", "Other nodule/mass", "Other opacity", "Paraveterbral mass",
+    "Peribronchovascular interstitial opacity", "Pleural effusion", "Pleural thickening", "Pneumothorax",
+    "Pulmonary fibrosis", "Reticulonodular opacity", "Stomach on the right side",
+)  # fmt: skip
+VINDR_DISEASES = (
+    "No finding", "Bronchitis", "Brocho-pneumonia", "Other disease", "Bronchiolitis", "Situs inversus", "Pneumonia",
+    "Pleuro-pneumonia", "Diagphramatic hernia", "Tuberculosis", "Congenital emphysema", "CPAM",
+    "Hyaline membrane disease", "Mediastinal tumor", "Lung tumor",
+)  # fmt: skip
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array.astype(np.uint8)).save(path)
+
+
+def mask(x: int) -> np.ndarray:
+    array = np.zeros((40, 48))
+    array[10:20, x : x + 8] = 255
+    return array
+
+
+def write_csv(path: Path, *lines: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(str, lines)) + "\n", encoding="utf-8")
+
+
+def build(source: str, folder: Path, *options: str) -> int:
+    argv = ["--source", source, "--input", str(folder / "in"), "--output_dir", str(folder / "out"), *options]
+    return run(main, ["build", *argv])
+
+
+def rows_of(folder: Path, knowledge: str) -> dict[str, Row]:
+    """Stem → row of a data set that passes its checks under that vocabulary."""
+    data = read(folder / "out")
+    check(data, conditions=False, knowledge=Knowledge.load(knowledge))
+    for row in data.rows:
+        assert not Knowledge.load(knowledge).parse(row.text).unknown
+    return {Path(row.file_name).stem: row for row in data.rows}
+
+
+# --------------------------------------------------------------------------------------------------------------- BUSI
+
+
+def busi_folder(folder: Path) -> None:
+    for label in ("benign", "malignant", "normal"):
+        for i in range(1, 8):
+            twin = label == "benign" and i == 7  # the same lesion as benign (1), a little brighter
+            image = speckle(len(label) * 10 + (1 if twin else i), 40, 48) + (2 if twin else 0)
+            save(folder / label / f"{label} ({i}).png", np.dstack([image] * 3))
+            save(folder / label / f"{label} ({i})_mask.png", mask(4) if label != "normal" else np.zeros((40, 48)))
+    save(folder / "benign" / "benign (2)_mask_1.png", mask(30))
+
+
+def test_busi(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    busi_folder(tmp_path / "in" / "Dataset_BUSI_with_GT")
+    assert build("busi", tmp_path) == 0
+    told = capsys.readouterr().out
+    assert "left out 7 of 21 images: normal" in told and "14 images look like 13 patients" in told
+    rows = rows_of(tmp_path, "breast")
+    assert Counter(row.label for row in rows.values()) == {"benign": 7, "malignant": 7}
+    assert rows["benign_1"].patient_id == rows["benign_7"].patient_id != rows["benign_2"].patient_id
+    assert rows["benign_1"].split == rows["benign_7"].split
+    both = np.array(Image.open(tmp_path / "out" / "condition_fg" / "benign_2.png"))
+    assert both[12, 5] == both[12, 32] == 255 and np.count_nonzero(both) == 160
+    assert rows["malignant_3"].text_fg == "malignant"
+
+
+def test_busi_lists_images_without_a_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    busi_folder(tmp_path / "in")
+    for i in (1, 3):
+        (tmp_path / "in" / "malignant" / f"malignant ({i})_mask.png").unlink()
+    assert build("busi", tmp_path) == 2
+    told = capsys.readouterr().err
+    assert "2 problems" in told and "malignant (1)_mask.png" in told and "malignant (3)_mask.png" in told
+    (tmp_path / "empty" / "in").mkdir(parents=True)
+    assert build("busi", tmp_path / "empty") == 2 and "give the folder Dataset_BUSI" in capsys.readouterr().err
+
+
+def test_look_alikes():
+    first, other = speckle(1, 80, 96), speckle(2, 80, 96)
+    brighter, marked = np.clip(first * 1.1 + 5, 0, 255).astype(np.uint8), first.copy()
+    marked[0, 0] = 255
+    assert busi.look_alikes([first, other, brighter, marked]) == [0, 1, 0, 0]
+
+
+# --------------------------------------------------------------------------------------------------------- VinDr-PCXR
+
+
+def vindr_folder(folder: Path) -> None:
+    images = {"train": {"Bronchitis": 20, "Brocho-pneumonia": 8, "Bronchiolitis": 6, "Pneumonia": 9, "No finding": 3},
+              "test": {"Bronchitis": 2, "Pneumonia": 3, "Situs inversus": 1}}  # fmt: skip
+    for split, counts in images.items():
+        labels, boxes = [], []
+        for disease, count in counts.items():
+            for i in range(count):
+                name = f"{split}{disease.replace(' ', '')}{i}"
+                positive = {disease, "Pneumonia" if name == "trainBronchitis0" else disease}
+                labels.append(",".join([name, "R1", *("1.0" if d in positive else "0.0" for d in VINDR_DISEASES)]))
+                boxes += [
+                    f"{name},R1,{finding},1,1,9,9" for finding in ("Consolidation", "Enlarged PA", "Consolidation")
+                ]
+                options = {
+                    "PhotometricInterpretation": "MONOCHROME1",
+                    "Modality": "CR",
+                    "BitsStored": 12,
+                    "HighBit": 11,
+                }
+                make(folder / split / f"{name}.dicom", speckle(i, 24, 20).astype(np.uint16), **options)
+        boxes.append(f"{name},R1,No finding,,,,")
+        write_csv(folder / f"image_labels_{split}.csv", ",".join(["image_id", "rad_ID", *VINDR_DISEASES]), *labels)
+        write_csv(folder / f"annotations_{split}.csv", "image_id,rad_ID,class_name,x_min,y_min,x_max,y_max", *boxes)
+
+
+def test_vindr_pcxr(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    vindr_folder(tmp_path / "in")
+    assert build("vindr_pcxr", tmp_path) == 0
+    told = capsys.readouterr().out
+    assert "left out 5 of 52 images: of none or several" in told  # 3 normal, 1 of another disease, 1 of two
+    assert "left out 7 training images of pneumonia" in told  # 10 % of 19 images of bronchitis, rounded up
+    rows = rows_of(tmp_path, "chest_xray")
+    train = Counter(row.label for row in rows.values() if row.split != "test")
+    assert train == {"bronchitis": 19, "broncho-pneumonia": 8, "bronchiolitis": 6, "pneumonia": 2}
+    assert Counter(row.label for row in rows.values() if row.split == "test") == {"bronchitis": 2, "pneumonia": 3}
+    assert any(row.split == "valid" for row in rows.values())
+    row = rows["trainBronchitis1"]
+    assert (row.text_fg, row.patient_id) == ("abnormal, bronchitis, consolidation", "trainBronchitis1")
+    assert "enlarged pulmonary artery" in row.text_bg and "posteroanterior view" in row.text_bg
+    gray = np.array(Image.open(tmp_path / "out" / row.file_name)).astype(int)
+    assert np.corrcoef(gray.ravel(), speckle(1, 24, 20).ravel())[0, 1] < -0.99  # MONOCHROME1
+    assert build("vindr_pcxr", tmp_path, "--rare_share", "1", "--seed", "1") == 0
+    assert Counter(row.label for row in read(tmp_path / "out").rows)["pneumonia"] == 12
+    (tmp_path / "in" / "test" / "testPneumonia0.dicom").write_text("junk")
+    (tmp_path / "in" / "test" / "testPneumonia1.dicom").unlink()
+    assert build("vindr_pcxr", tmp_path) == 2
+    told = capsys.readouterr().err
+    assert "2 problems" in told and "no DICOM file" in told and "no such file" in told
+
+
+def test_every_published_finding_is_known():
+    knowledge = Knowledge.load("chest_xray")
+    for finding in (*VINDR_FINDINGS, *chexpert.FINDINGS):
+        parsed = knowledge.parse(finding)
+        assert (parsed.attributes or parsed.label) and not parsed.unknown, finding
+
+
+# ----------------------------------------------------------------------------------------------------------- CheXpert
+
+
+def chexpert_folder(folder: Path) -> None:
+    header = ",".join(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", "No Finding", *chexpert.FINDINGS])
+
+    def line(split: str, patient: int, view: str, projection: str, **values: str) -> str:
+        path = f"CheXpert-v1.0-small/{split}/patient{patient:05d}/study1/view1_{view.lower()}.jpg"
+        save(folder / Path(path).relative_to("CheXpert-v1.0-small"), speckle(patient, 20, 24))
+        cells = (values.get(name.replace(" ", "_"), "") for name in ("No Finding", *chexpert.FINDINGS))
+        return ",".join([path, "Female", "50", view, projection, *cells])
+
+    write_csv(
+        folder / "train.csv", header,
+        line("train", 1, "Frontal", "AP", Edema="1.0", Support_Devices="1.0", Pneumonia="-1.0", Pneumothorax="0.0"),
+        line("train", 1, "Lateral", "", Edema="1.0"),
+        line("train", 2, "Frontal", "PA", No_Finding="1.0"),
+        line("train", 3, "Frontal", "AP", Pneumonia="1.0", Consolidation="-1.0"),
+        *(line("train", patient, "Frontal", "PA", Cardiomegaly="1.0") for patient in range(4, 24)),
+    )  # fmt: skip
+    write_csv(folder / "valid.csv", header, line("valid", 90, "Frontal", "PA", Pleural_Effusion="1.0"))
+
+
+@pytest.mark.parametrize(
+    ("policy", "first", "third", "count"),
+    [
+        ("zeros", ("other disease", "edema"), ("pneumonia", ""), 24),
+        ("ones", ("pneumonia", "edema"), ("pneumonia", "consolidation"), 24),
+        ("ignore", None, None, 22),
+    ],
+)
+def test_chexpert(
+    tmp_path: Path, policy: str, first: tuple[str, str] | None, third: tuple[str, str] | None, count: int,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    chexpert_folder(tmp_path / "in")
+    assert build("chexpert", tmp_path, "--uncertain", policy) == 0
+    assert "left out 1 lateral views" in capsys.readouterr().out
+    rows = rows_of(tmp_path, "chest_xray")
+    assert len(rows) == count
+    for name, expected in (("patient00001_study1_view1_frontal", first), ("patient00003_study1_view1_frontal", third)):
+        assert (name in rows) == (expected is not None)
+        if expected:
+            found = rows[name].attributes.values()
+            assert (
+                rows[name].label,
+                ", ".join(sorted({*found} & {"edema", "consolidation", "pneumothorax"})),
+            ) == expected
+    normal, held_out = rows["patient00002_study1_view1_frontal"], rows["patient00090_study1_view1_frontal"]
+    assert (normal.label, normal.text_fg, normal.patient_id) == ("normal", "normal", "patient00002")
+    assert "posteroanterior view" in normal.text_bg
+    assert held_out.split == "test" and "pleural effusion" in held_out.text_bg
+    assert 1 <= Counter(row.split for row in rows.values())["valid"] <= 4
+
+
+# --------------------------------------------------------------------------------------------------------------- ISIC
+
+
+def isic_folder(folder: Path) -> None:
+    classes = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
+    images, names = folder / "ISIC2018_Task3_Training_Input", [f"ISIC_{i:07d}" for i in range(14)]
+    truth = [f"{name},{','.join('1.0' if i % 7 == j else '0.0' for j in range(7))}" for i, name in enumerate(names)]
+    write_csv(folder / "GT" / "ISIC2018_Task3_Training_GroundTruth.csv", f"image,{','.join(classes)}", *truth)
+    groups = [f"{name},HAM_{0 if i in (0, 7) else i},histo" for i, name in enumerate(names)]
+    write_csv(
+        folder / "GT" / "ISIC2018_Task3_Training_LesionGroupings.csv", "image,lesion_id,diagnosis_confirm_type", *groups
+    )
+    for i, name in enumerate(names):
+        save(images / f"{name}.jpg", np.dstack([speckle(i, 40, 48)] * 3))
+    save(folder / "masks" / f"{names[2]}_segmentation.png", mask(5))
+    late = [
+        "ISIC_0000002,1,0,0,0,0,0,0,0,0",
+        "ISIC_0073000_downsampled,0,0,0,0,0,0,0,1,0",
+        "ISIC_0073001,0,0,0,0,0,0,0,0,1",
+    ]
+    write_csv(folder / "ISIC_2019_Training_GroundTruth.csv", "image,MEL,NV,BCC,AK,BKL,DF,VASC,SCC,UNK", *late)
+    metadata = ["ISIC_0073000_downsampled,50,head/neck,,male"]
+    write_csv(
+        folder / "ISIC_2019_Training_Metadata.csv", "image,age_approx,anatom_site_general,lesion_id,sex", *metadata
+    )
+    save(folder / "ISIC_2019_Training_Input" / "ISIC_0073000_downsampled.jpg", np.dstack([speckle(99, 40, 48)] * 3))
+
+
+def test_isic_2018_and_2019_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    isic_folder(tmp_path / "in")
+    assert build("isic", tmp_path, "--size", "32") == 0
+    told = capsys.readouterr().out
+    assert "left out 1 of 16 images: of unknown class" in told and "1 images have no lesion_id" in told
+    rows = rows_of(tmp_path, "skin")
+    assert Counter(row.label for row in rows.values()) == {
+        "MEL": 2, "NV": 2, "BCC": 2, "AK": 2, "BKL": 2, "DF": 2, "VASC": 2, "SCC": 1
+    }  # fmt: skip
+    assert rows["ISIC_0000002"].label == "BCC" and rows["ISIC_0000002"].condition_fg  # once, as 2018 has it
+    assert rows["ISIC_0000000"].patient_id == rows["ISIC_0000007"].patient_id == "HAM_0"
+    assert rows["ISIC_0000000"].split == rows["ISIC_0000007"].split
+    assert (
+        rows["ISIC_0000003"].text_fg == "premalignant, actinic keratosis" and rows["ISIC_0000003"].condition_fg is None
+    )
+    (tmp_path / "in" / "ISIC2018_Task3_Training_Input" / "ISIC_0000005.jpg").unlink()
+    assert build("isic", tmp_path) == 2 and "no ISIC_0000005.jpg" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------ generic
+
+
+def test_folder_with_mapped_columns(tmp_path: Path):
+    for patient in ("p1", "p2"):
+        save(tmp_path / "in" / patient / "view.png", speckle(1, 40, 48))
+    save(tmp_path / "in" / "annotations" / "first.png", mask(5))
+    write_csv(
+        tmp_path / "in" / "list.csv", "Image,Dx,Case,Outline,Age", "p1/view.png,ca,1,annotations/first.png,44",
+        "p2/view.png,benign,2,,50",
+    )  # fmt: skip
+    columns = ("--columns", "file_name=Image", "label=Dx", "patient_id=Case", "mask=Outline")
+    assert build("folder", tmp_path, "--table", "list.csv", *columns, "--labels", "ca=PTC") == 0
+    rows = rows_of(tmp_path, "thyroid")
+    assert (rows["p1_view"].label, rows["p1_view"].patient_id) == ("PTC", "1")
+    assert rows["p1_view"].condition_fg == "condition_fg/p1_view.png" and rows["p2_view"].condition_fg is None
+
+
+def test_folder_says_what_is_wrong_with_a_mapping(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save(tmp_path / "in" / "a.png", speckle(1, 40, 48))
+    save(tmp_path / "in" / "images" / "a.png", speckle(1, 40, 48))
+    write_csv(
+        tmp_path / "in" / "metadata.csv",
+        "file_name,label,mask,age",
+        "a.png,benign,../m.png,1",
+        "images/a.png,benign,,2",
+    )
+    for options, told in (
+        ((), "has columns ['age']"),
+        (("--columns", "picture=file_name"), "--columns picture: map some of"),
+        (("--columns", "label=Dx"), "has no column Dx"),
+        (("--columns", "file_name=file_name", "label=label", "mask=mask"), "mask '../m.png' must be a path inside"),
+        (("--columns", "file_name=file_name", "label=label"), "images/a.png has the stem of line 2"),
+        (("--table", "none.csv"), "none.csv: no such file"),
+    ):
+        assert build("folder", tmp_path, *options) == 2
+        assert told in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not XRAYS.is_dir(), reason="the paediatric chest x-rays are not here")
+def test_folder_on_real_chest_xrays(tmp_path: Path):
+    lines = (XRAYS / "labels.csv").read_text(encoding="utf-8").splitlines()
+    chosen = [lines[0], *lines[1::60]]
+    write_csv(tmp_path / "in" / "labels.csv", *chosen)
+    (tmp_path / "in" / "images").symlink_to(XRAYS / "images")
+    options = ("--knowledge", "chest_xray", "--table", "labels.csv", "--columns", "file_name=image", "label=label")
+    labels = ("--labels", "bacterial_pneumonia=bacterial pneumonia", "viral_pneumonia=viral pneumonia")
+    assert build("folder", tmp_path, *options, "patient_id=patient", "split=split", *labels) == 0
+    rows = rows_of(tmp_path, "chest_xray")
+    assert len(rows) == len(chosen) - 1
+    assert {row.label for row in rows.values()} == {"normal", "bacterial pneumonia", "viral pneumonia"}
