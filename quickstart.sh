@@ -25,10 +25,10 @@ stages() {
         python -m data.prepare phantom --output_dir "$R/extra" --preset balanced --count 600 --seed 4 # 15 s
     stage pretrain "coarse training: the U-Net learns the data's prompts" \
         bash pretrain.sh --config configs/pretrain-tiny.yaml --data_dir "$R/data" --pretrained_model assets/tiny-base \
-        --output_dir "$R/pretrain" --seed 0 # 130 s
+        --output_dir "$R/pretrain" --cache_dir "$R/cache" --seed 0 # 150 s
     stage finetune "fine training: both control encoders and their fusion" \
         bash finetune.sh --config configs/finetune-tiny.yaml --data_dir "$R/data" --pretrained_model "$R/pretrain" \
-        --output_dir "$R/finetune" --seed 0 # 240 s
+        --output_dir "$R/finetune" --cache_dir "$R/cache" --seed 0 # 300 s
     stage generated "synthesis" \
         python generation.py --model "$R/finetune" --data_dir "$R/data" --output_dir "$R/generated" \
         --count benign=150,PTC=150,FTC=150,MTC=150 --steps 16 --scheduler dpmsolver++ --guidance_scale 2 \

@@ -4,9 +4,10 @@
     python -m benchmarks.faults --output_dir runs/faults --kills 5 --stages coarse --seed 7
 
 Every other kill comes right before a file operation that the seed draws, in the latent cache, a checkpoint, or the
-finished model; the others come at a random time. After some kills the newest checkpoint is torn too: cut short, or one
-bit flipped. The run that then goes on must name it and use an older one. In the end every file must be byte-equal to
-the undisturbed run's, but for logs/ and the speeds in metrics.jsonl, and no half-written folder may be left.
+finished model; the others come at a random time. After every third kill the newest checkpoint, if there is one, is torn
+too: cut short, or one bit flipped. The run that then goes on must name it and use an older one. In the end every file
+must be byte-equal to the undisturbed run's, but for logs/ and the speeds in metrics.jsonl. No half-written folder may
+be left.
 """
 
 import argparse
@@ -34,7 +35,7 @@ OPERATIONS = {
 }  # audit events before file operations
 SPEEDS = ("images_per_second", "tflops", "mfu", "peak_memory_gib")
 STEPS, CHECKPOINTING_STEPS = 6, 2
-SHARE_TORN = 0.3  # of the kills
+TEAR_EVERY = 3  # kills
 FLAGS = {
     "max_train_steps": STEPS, "checkpointing_steps": CHECKPOINTING_STEPS, "validation_steps": 3, "validation_images": 2,
     "validation_inference_steps": 1, "train_batch_size": 2, "gradient_accumulation_steps": 2, "log_steps": 1,
@@ -199,7 +200,7 @@ def storm(main: Main, argv: list[str], work: Path, kills: int, rng: np.random.Ge
             killed, where = attempt(main, argv, run, fatal, limit)
             if killed:
                 phases[phase(where, run) if fatal else "a random time"] += 1
-                if rng.random() < SHARE_TORN and (name := tear(run, rng)):
+                if phases.total() % TEAR_EVERY == 0 and (name := tear(run, rng)):
                     named.add(name)
                     torn += 1
         said = log.read_text()
@@ -244,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     import tiger.coarse
+    import tiger.config
     import tiger.dataset
     import tiger.fine
     import tiger.finetune
@@ -251,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     import tiger.trainer  # noqa: F401 (what each run needs, imported once)
 
     torch.set_num_threads(1)
+    tiger.config.git_commit()  # the same in every run, whatever is checked out meanwhile
     tiger.dataset.SHARD_ROWS = CACHE_FILE_IMAGES
     output_dir = args.output_dir.resolve()
     output_dir.mkdir(parents=True, exist_ok=True)

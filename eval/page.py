@@ -27,10 +27,21 @@ CONTROLS = {
 METRICS = {
     "fid": "FID ↓",
     "kid": "KID ↓",
+    "cmmd": "CMMD ↓",
+    "cmmd_unbiased": "CMMD, unbiased ↓",
     "density": "density ↑",
     "coverage": "coverage ↑",
     "precision": "precision ↑",
     "recall": "recall ↑",
+    "fid_infinity": "FID∞ ↓",
+    "geometry_score": "geometry score ↓",
+    "inception_score": "Inception score ↑",
+}
+LIKENESS = {
+    "ssim": "SSIM",
+    "gradient_similarity": "gradient similarity (Liu et al. 2012)",
+    "phash_distance": "bits, of 64, in which perceptual hashes differ",
+    "sifid": "SIFID",
 }
 PAIRINGS = {
     "random": "synthetic with a random real one of its class",
@@ -267,18 +278,19 @@ def quality_section(results: Results) -> str:
     left_out = "; ".join(f"{label}: {found}" for label, found in report["left_out"].items())
     every = f"{', '.join(report['classes'])} together" if left_out else "all classes"
     groups = {every: report["overall"], **report["per_class"]}
+    metrics = {metric: title for metric, title in METRICS.items() if metric in report["overall"]}
     rows = [
         [
-            escape(name),
-            number(part["n"]),
-            *(cell(part[metric], f"floor {number(part[metric]['floor'])}") for metric in METRICS if metric in part),
+            escape(title),
+            *(cell(p[metric], f"floor {number(p[metric]['floor'])}") if metric in p else "" for p in groups.values()),
         ]
-        for name, part in groups.items()
+        for metric, title in metrics.items()
     ]
-    pairs = [
-        [escape(title), *(cell(part["ssim"][name]) if name in part["ssim"] else "" for part in groups.values())]
-        for name, title in PAIRINGS.items()
-        if any(name in part["ssim"] for part in groups.values())
+    rows.insert(0, ["n", *(number(part["n"]) for part in groups.values())])
+    likeness = [
+        f"<h3>{escape(title)}</h3>{pair_table(groups, measure)}"
+        for measure, title in LIKENESS.items()
+        if measure in report["overall"]
     ]
     text = (
         f"Features of {report['extractor']}, images resized by {report['resize']}. Each value is the "
@@ -290,10 +302,20 @@ def quality_section(results: Results) -> str:
         "quality",
         "How near are synthetic images to real ones?",
         f"<p>{escape(text)} {made_by(results, 'quality.json')}</p>",
-        table(["", "n", *METRICS.values()], rows),
-        f"<h3>SSIM</h3><p>Structural similarity of pairs of images, {escape(report['ssim'])}.</p>",
-        table(["pair", *map(escape, groups)], pairs),
+        table(["", *map(escape, groups)], rows),
+        f"<p>Below, how alike pairs of images are; SSIM as {escape(report['ssim'])}.</p>",
+        *likeness,
     )
+
+
+def pair_table(groups: Mapping[str, Mapping[str, Any]], measure: str) -> str:
+    """One measure of likeness: kinds of pairs by classes."""
+    rows = [
+        [escape(title), *(cell(part[measure][name]) if name in part[measure] else "" for part in groups.values())]
+        for name, title in PAIRINGS.items()
+        if any(name in part[measure] for part in groups.values())
+    ]
+    return table(["pair", *map(escape, groups)], rows)
 
 
 def samples_section(results: Results) -> str:

@@ -1,4 +1,7 @@
-"""Several training processes on one machine, forked, so that they need not import everything again."""
+"""Several training processes on one machine, forked from a server that has imported everything once.
+
+Not from the tests' own process: a process that has run a backward pass cannot be forked into one that does.
+"""
 
 import multiprocessing
 import os
@@ -8,20 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from tiger.errors import run
 
 Main = Callable[[list[str] | None], None]
+Prepare = Callable[[int], None]  # of a module, not of a function: it is sent by name
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tiger.pretrain", "tiger.finetune", "tiger.trainer", "tiger.coarse", "tiger.fine"])
+
+
+def nothing(rank: int) -> None:
+    """The default `prepare`."""
 
 
 def launch(
-    main: Main,
-    argv: list[str],
-    world: int,
-    logs: Path,
-    prepare: Callable[[int], None] = lambda rank: None,
-    seconds: float = 200,
+    main: Main, argv: list[str], world: int, logs: Path, prepare: Prepare = nothing, seconds: float = 200
 ) -> list[int | None]:
     """Exit codes of `world` processes that run `main(argv)`; their stderr is in logs/<rank>.txt.
 
@@ -31,19 +36,9 @@ def launch(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-
-    def process(rank: int) -> None:
-        os.dup2(os.open(logs / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        sys.stderr = os.fdopen(2, "w", buffering=1)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-        torch.set_num_threads(1)  # threads of the parent's pool did not come along
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        prepare(rank)
-        sys.exit(run(main, argv))
-
-    processes = [multiprocessing.get_context("fork").Process(target=process, args=(rank,)) for rank in range(world)]
+    processes = [
+        SERVER.Process(target=process, args=(main, argv, rank, world, port, logs, prepare)) for rank in range(world)
+    ]
     for each in processes:
         each.start()
     for each in processes:
@@ -52,3 +47,14 @@ def launch(
             each.kill()
             each.join()
     return [each.exitcode for each in processes]
+
+
+def process(main: Main, argv: list[str], rank: int, world: int, port: int, logs: Path, prepare: Prepare) -> None:
+    """What one process does."""
+    os.dup2(os.open(logs / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    prepare(rank)
+    sys.exit(run(main, argv))

@@ -70,37 +70,43 @@ def at_step(stage: type, step: int, act) -> None:
     stage.loss = loss
 
 
-def test_a_killed_process_ends_the_other_with_a_message(base, data, tmp_path):
-    def prepare(rank: int) -> None:
-        if rank == 1:
-            at_step(CoarseStage, 2, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+def kill_one(rank: int) -> None:
+    if rank == 1:
+        at_step(CoarseStage, 2, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 
+
+def signal_one(rank: int) -> None:
+    if rank == 1:
+        at_step(CoarseStage, 2, lambda *found: os.kill(os.getpid(), signal.SIGTERM) or found)
+
+
+def spoil_one(rank: int) -> None:
+    if rank == 1:  # too high a loss, but no gradient that would show it to the other
+        at_step(FineStage, 1, lambda loss, values: (loss, values | {"loss": values["loss"] + 1e6}))
+
+
+def small_disk(rank: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes a file: logs fit, weights do not
+
+
+def test_a_killed_process_ends_the_other_with_a_message(base, data, tmp_path):
     argv = flags(pretrained_model=base, data_dir=data, output_dir=tmp_path / "out", max_train_steps=9)
-    assert launch(pretrain.main, [*argv, "--checkpointing_steps=1"], 2, tmp_path, prepare) == [1, -9]
+    assert launch(pretrain.main, [*argv, "--checkpointing_steps=1"], 2, tmp_path, kill_one) == [1, -9]
     said = (tmp_path / "0.txt").read_text().splitlines()[-1]
     assert said.startswith("error: process 0 lost another one") and "checkpoint-2 is intact" in said
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(base, data, tmp_path):
-    def prepare(rank: int) -> None:
-        if rank == 1:
-            at_step(CoarseStage, 2, lambda *found: os.kill(os.getpid(), signal.SIGTERM) or found)
-
     argv = flags(pretrained_model=base, data_dir=data, output_dir=tmp_path / "out", max_train_steps=9, log_steps=9)
-    assert launch(pretrain.main, argv, 2, tmp_path, prepare) == [143, 143]
+    assert launch(pretrain.main, argv, 2, tmp_path, signal_one) == [143, 143]
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
 def test_a_step_that_goes_wrong_in_one_process_is_skipped_by_all(base, data, tmp_path):
     """The other's weights must not move either: they would differ from then on."""
-
-    def prepare(rank: int) -> None:
-        if rank == 1:  # too high a loss, but no gradient that would show it to the other
-            at_step(FineStage, 1, lambda loss, values: (loss, values | {"loss": values["loss"] + 1e6}))
-
     argv = flags(pretrained_model=base, data_dir=data, output_dir=tmp_path / "out", max_train_steps=3)
     argv += ["--checkpointing_steps=1", "--skip_bad_steps=1", "--checkpoints_total_limit=9"]
-    assert launch(finetune.main, argv, 2, tmp_path, prepare) == [0, 0]
+    assert launch(finetune.main, argv, 2, tmp_path, spoil_one) == [0, 0]
     assert (tmp_path / "0.txt").read_text().count("warning: step 2 went wrong") == 1
     assert "went wrong" not in (tmp_path / "1.txt").read_text()
     before, after, later = (load_file(tmp_path / "out" / f"checkpoint-{n}" / ENCODER) for n in (1, 2, 3))
@@ -111,11 +117,7 @@ def test_a_step_that_goes_wrong_in_one_process_is_skipped_by_all(base, data, tmp
 def test_a_full_disk_ends_in_one_line_and_loses_nothing(base, data, tmp_path):
     argv = flags(pretrained_model=base, data_dir=data, output_dir=tmp_path / "out", checkpointing_steps=2)
     pretrain.main([*argv, "--max_train_steps=2"])
-
-    def prepare(rank: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes a file: logs fit, weights do not
-
-    assert launch(pretrain.main, [*argv, "--max_train_steps=4"], 1, tmp_path, prepare) == [1]
+    assert launch(pretrain.main, [*argv, "--max_train_steps=4"], 1, tmp_path, small_disk) == [1]
     said = (tmp_path / "0.txt").read_text().splitlines()[-1]
     assert said.startswith(f"error: the disk of {tmp_path / 'out'} is full") and "checkpoint-2 is intact" in said
     assert checkpoint.newest_valid(tmp_path / "out") == tmp_path / "out" / "checkpoint-2"

@@ -23,7 +23,7 @@ from tiger.model import compile_blocks
 from tiger.optimizer import adamw
 from tiger.pipeline import TigerPipeline
 from tiger.stage import Losses, Noised, SampleNoise, draw, image_grid, noised
-from tiger.tokenizer import MAX_LENGTH, encode_text, token_ids
+from tiger.tokenizer import MAX_LENGTH, encode_text, forget_calls, token_ids
 
 LAYOUT = {  # of the finished model: folder -> (library, class)
     "vae": ("diffusers", "AutoencoderKL"),
@@ -181,6 +181,7 @@ class CoarseStage:
             adapters: Any = get_peft_model_state_dict(parts.unet)
             StableDiffusionPipeline.save_lora_weights(str(folder), unet_lora_layers=adapters)
             parts = dataclasses.replace(parts, unet=merged(parts.unet))
+        forget_calls(parts.tokenizer)
         for name in LAYOUT:
             getattr(parts, name).save_pretrained(str(folder / name))
         absent = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"), (None, None))

@@ -4,6 +4,7 @@ Later `--config` files override earlier ones, and flags override files. No heavy
 """
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import re
@@ -337,8 +338,9 @@ def config_text(config: Any) -> str:
     return f"# {type(config).__name__}, code at git commit {git_commit() or 'unknown'}\n{values}"
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """Hash of the checked-out commit of this code, None outside a git checkout."""
+    """Hash of the commit of this code that was checked out when first asked, None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -19,7 +19,7 @@ from tiger.optimizer import adamw
 from tiger.pipeline import TigerPipeline
 from tiger.stage import Losses, Noised, SampleNoise, draw, image_grid, noised
 from tiger.terms import TermFrequencies, token_weights
-from tiger.tokenizer import MAX_LENGTH, encode_text
+from tiger.tokenizer import MAX_LENGTH, encode_text, forget_calls
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # accelerate's name -> dtype
 
@@ -249,4 +249,5 @@ class FineStage:
         pipeline = self.pipeline()
         if self.components.unet.dtype != torch.float32:
             pipeline.register_modules(unet=load_unet(self.components.source))
+        forget_calls(pipeline.tokenizer)
         pipeline.save_pretrained(str(folder))

@@ -231,7 +231,11 @@ def compile_blocks(network: UNet2DConditionModel | ControlNetModel) -> None:
     Names and values of the weights stay as they are. Frozen and trained copies at each width are compiled apart, on
     first use.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)  # type: ignore[attr-defined]
+    from torch._dynamo import config as dynamo  # a second to import
+    from torch._functorch import config as functorch
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 128)
+    functorch.donated_buffer = False  # separate_surrogate goes back through the U-Net twice
     network._repeated_blocks = ["ResnetBlock2D", "BasicTransformerBlock"]  # type: ignore[assignment]  # ControlNets name none
     network.compile_repeated_blocks(dynamic=False)
 

@@ -36,6 +36,12 @@ def token_ids(texts: Sequence[str], tokenizer: CLIPTokenizer) -> torch.Tensor:
     ).input_ids
 
 
+def forget_calls(tokenizer: CLIPTokenizer) -> None:
+    """Undo what a call leaves in the tokenizer, its padding and cutting, which `save_pretrained` would write too."""
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+
+
 def encode_text(texts: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> torch.Tensor:
     """(B,) texts -> (B, 77, D) last hidden states, as Stable Diffusion uses them (no attention mask)."""
     return text_encoder(token_ids(texts, tokenizer).to(text_encoder.device))[0]
