@@ -7,12 +7,12 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 bash setup.sh || exit 1
+readonly MAX_WORKERS=4 # each holds its own torch
+workers=$(nproc)       # before OMP_NUM_THREADS is set, which it would print
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # pytest's workers share the cores
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 YOLO_OFFLINE=true MPLBACKEND=Agg
 
-readonly MAX_WORKERS=4 # each holds its own torch
-workers=$(nproc)
 if [ "$workers" -gt "$MAX_WORKERS" ]; then workers=$MAX_WORKERS; fi
 
 failed=()
