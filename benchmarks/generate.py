@@ -91,7 +91,7 @@ def ours(pipeline: TigerPipeline, scheduler: str, steps: int, guidance_scale: fl
     return draw
 
 
-def stock(kind: type, pipeline: TigerPipeline, controlnet: Any) -> Any:
+def stock(kind: Any, pipeline: TigerPipeline, controlnet: Any) -> Any:
     """A stock pipeline on the same networks."""
     unet = pipeline.unet
     if kind is diffusers.StableDiffusionControlNetInpaintPipeline:
@@ -135,8 +135,9 @@ def stock_multi(pipeline: TigerPipeline, steps: int, guidance_scale: float) -> D
 
     def draw(batch: Batch) -> list[Image.Image]:
         texts = [f"{recipe.text_fg}, {recipe.text_bg}" for recipe in batch.recipes]
+        conditions = [list(pair) for pair in zip(batch.pictures(0), batch.pictures(1), strict=True)]  # one pair a text
         return pipe(
-            texts, image=[batch.pictures(0), batch.pictures(1)], num_inference_steps=steps,
+            texts, image=conditions, num_inference_steps=steps,
             guidance_scale=guidance_scale, generator=batch.generators,
         ).images  # fmt: skip
 
@@ -219,7 +220,7 @@ def plot(results: Mapping[str, Mapping[str, float]]) -> bytes:
     colours = (charts.COLOURS * len(results))[: len(results)]
     for ax, (metric, title) in zip(panels, PANELS.items(), strict=True):
         for index, ((name, result), colour) in enumerate(zip(results.items(), colours, strict=True)):
-            marker = "s" if name.startswith("stock") else "o^"[index % 2]
+            marker = "s" if name.startswith("stock") else "o^"[index // len(charts.COLOURS) % 2]
             ax.plot(result["seconds_per_image"], result[metric], marker, color=colour, label=name)
         ax.set(xscale="log", xlabel="seconds an image", title=title)
     figure.legend(

@@ -697,17 +697,17 @@ def test_benchmark(data: Manifest, model: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(benchmark, "default_cache", lambda: None)
     monkeypatch.setattr("eval.control.RESAMPLES", 5)
     argv = ["--model", model, "--data_dir", str(data.root), "--output", str(tmp_path / "bench"), "--device", "cpu"]
-    argv += ["--judges", str(tmp_path), "--classes", "FTC", "benign", "--each", "2", "--batch_size", "2"]
+    argv += ["--judges", str(tmp_path), "--classes", "FTC", "benign", "--each", "3", "--batch_size", "3"]
     argv += ["--steps", "15"]
     benchmark.main(argv)
     report = json.loads((tmp_path / "bench" / "results.json").read_text())
-    assert report["images"] == 4
+    assert report["images"] == 6
     folders = sorted(path for path in (tmp_path / "bench").iterdir() if path.is_dir())
     assert len(folders) == len(report["settings"]) >= 8
     first = manifest.read(folders[0]).rows
     for folder, (name, result) in zip(folders, report["settings"].items(), strict=True):
         rows = manifest.read(folder).rows
-        assert [row.text for row in rows] == [row.text for row in first] and len(rows) == 4
+        assert [row.text for row in rows] == [row.text for row in first] and len(rows) == 6
         assert result["seconds_per_image"] > 0 and np.isfinite(list(result.values())).all(), name
     images = [conditions.read_gray(folder / "images" / "FTC_000000.png") for folder in folders]
     assert len({image.tobytes() for image in images}) == len(folders)  # no setting is another under a new name
