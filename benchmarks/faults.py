@@ -4,10 +4,9 @@
     python -m benchmarks.faults --output_dir runs/faults --kills 5 --stages coarse --seed 7
 
 Every other kill comes right before a file operation that the seed draws, in the latent cache, a checkpoint, or the
-finished model; the others come at a random time. After every third kill the newest checkpoint, if there is one, is torn
-too: cut short, or one bit flipped. The run that then goes on must name it and use an older one. In the end every file
-must be byte-equal to the undisturbed run's, but for logs/ and the speeds in metrics.jsonl. No half-written folder may
-be left.
+finished model; the others come at a random time. After about every third kill, the newest checkpoint is torn too: cut
+short, or one bit flipped. The run that then goes on must name it and use an older one. In the end every file must be
+byte-equal to the undisturbed run's, but for logs/ and the speeds in metrics.jsonl. No half-written folder may be left.
 """
 
 import argparse
@@ -200,7 +199,7 @@ def storm(main: Main, argv: list[str], work: Path, kills: int, rng: np.random.Ge
             killed, where = attempt(main, argv, run, fatal, limit)
             if killed:
                 phases[phase(where, run) if fatal else "a random time"] += 1
-                if phases.total() % TEAR_EVERY == 0 and (name := tear(run, rng)):
+                if torn * TEAR_EVERY < phases.total() and (name := tear(run, rng)):
                     named.add(name)
                     torn += 1
         said = log.read_text()
