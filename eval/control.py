@@ -40,7 +40,7 @@ from eval.judges import (
     segment,
     trained_by,
 )
-from tiger.conditions import read_gray, read_mask, sobel_map
+from tiger.conditions import nodule_region, read_gray, read_mask, sobel_map
 from tiger.errors import InputError, run
 from tiger.files import write_json
 from tiger.knowledge import Knowledge
@@ -136,7 +136,7 @@ def correlation(edges: np.ndarray, image: np.ndarray, region: np.ndarray) -> flo
 
 
 def requests(rows: Manifest) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(requested map, image, region to compare) of each row: outside the mask where the map is blank inside it."""
+    """(requested map, image, region to compare) of each row: around the nodule where the map is blank inside it."""
     require_column(rows, "condition_bg")
     found = []
     for row in rows.rows:
@@ -144,7 +144,8 @@ def requests(rows: Manifest) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         mask = read_mask(rows.file(row, "condition_fg")) > 0 if row.condition_fg else np.zeros(edges.shape, bool)
         if not image.shape == edges.shape == mask.shape:
             raise InputError(f"{rows.path}: {row.file_name}: image, mask and Sobel map differ in size; make them one")
-        found.append((edges, image, np.ones_like(mask) if edges[mask].any() else ~mask))
+        around = nodule_region(np.where(mask, 255, 0).astype(np.uint8)) == 0
+        found.append((edges, image, np.ones_like(mask) if edges[mask].any() else around))
     return found
 
 

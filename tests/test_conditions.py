@@ -47,13 +47,13 @@ def test_sobel_map_of_a_step():
     assert conditions.sobel_map(np.full((9, 9), 200, np.uint8)).max() == 0
 
 
-def test_blank_nodule_zeroes_only_the_inside():
-    edges = np.full((8, 8), 9, np.uint8)
-    mask = np.zeros((8, 8), np.uint8)
-    mask[2:4, 2:4] = 255
+def test_blank_nodule_zeroes_the_inside_and_a_rim_of_a_twentieth_of_the_side():
+    edges = np.full((100, 100), 9, np.uint8)
+    mask = ellipse(100, (50, 40), (20, 20))
     blanked = conditions.blank_nodule(edges, mask)
-    assert blanked[2:4, 2:4].max() == 0
-    assert blanked.sum() == 9 * 60
+    distance = np.hypot(*(np.mgrid[:100, :100] - np.array([40, 50])[:, None, None]))
+    assert blanked[distance < 24.5].max() == 0
+    assert blanked[distance > 26].min() == 9
     assert edges.min() == 9
 
 
@@ -252,7 +252,7 @@ def test_boundary_map_draws_around_the_mask():
     assert np.array_equal(conditions.blank_nodule(edges, mask), edges)
     filled = np.asarray(cv2.morphologyEx(edges | mask, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8)))
     assert cv2.connectedComponents(255 - filled)[0] == 2  # a closed line: outside is one piece
-    assert np.count_nonzero(edges) == pytest.approx(2 * np.pi * 10, rel=0.4)
+    assert np.count_nonzero(edges) == pytest.approx(2 * np.pi * 13, rel=0.4)  # the rim is 3 px wide
     with pytest.raises(InputError, match="make them agree"):
         conditions.boundary_map(image, mask[:32])
 

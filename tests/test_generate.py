@@ -218,9 +218,10 @@ def test_conditions_are_placed_as_stated_and_blanked(data: Manifest) -> None:
         organ = conditions.read_mask(train.file(recipe.map_row, "organ_mask"))
         axis, low, high = conditions.pole_bounds(organ, recipe.attributes["location"], recipe.map_row.plane)
         assert low - 1 <= conditions.centroid(mask)[axis] <= high + 1
-        assert np.array_equal(edges == 0, mask > 0)
+        region = conditions.nodule_region(mask)
+        assert np.array_equal(edges == 0, region > 0)
         old = conditions.read_mask(train.file(recipe.map_row, "condition_fg"))
-        uncovered = edges[(old > 0) & (mask == 0)]
+        uncovered = edges[(old > 0) & (region == 0)]
         assert len(uncovered) == 0 or np.ptp(uncovered) == 0  # the old nodule is gone, and left no hole
 
 

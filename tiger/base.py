@@ -35,6 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tiger import manifest
 from tiger.components import load_components
+from tiger.conditions import grow
 from tiger.errors import InputError, run
 from tiger.files import atomic_path, read_json, write_json
 from tiger.knowledge import Knowledge
@@ -44,9 +45,9 @@ LATENT_CHANNELS = 8
 TEXT_WIDTH = 96
 
 
-def load_gray(data: manifest.Manifest) -> NDArray[np.uint8]:
-    """(N, H, W) uint8, all images of a manifest in memory."""
-    images = [np.asarray(Image.open(data.file(row, "file_name")).convert("L")) for row in tqdm(data.rows, desc="read")]
+def load_gray(data: manifest.Manifest, column: str = "file_name") -> NDArray[np.uint8]:
+    """(N, H, W) uint8, all images of a manifest's column in memory."""
+    images = [np.asarray(Image.open(data.file(row, column)).convert("L")) for row in tqdm(data.rows, desc="read")]
     return np.stack(images)
 
 
@@ -83,9 +84,16 @@ class PerceptualLoss(nn.Module):
             maps.append(block(maps[-1]))  # type: ignore[operator]
         return [F.normalize(m, dim=1) for m in maps]
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Two (B, 3, H, W) in [-1, 1] and their pixels' weight (B, 1, H, W) → scalar."""
         pairs = zip(self.features(x), self.features(y), strict=True)
-        return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).mean()
+        return torch.stack([weighted_mean((a - b).square().sum(1, keepdim=True), weight) for a, b in pairs]).mean()
+
+
+def weighted_mean(error: Tensor, weight: Tensor) -> Tensor:
+    """Mean of (B, C, h, w) under weights (B, 1, H, W), which are averaged where h, w are smaller."""
+    weight = F.adaptive_avg_pool2d(weight, error.shape[-2:])
+    return (error.mean(1, keepdim=True) * weight).sum() / weight.sum()
 
 
 class SpectrumLoss(nn.Module):
@@ -156,7 +164,9 @@ def cosine(step: int, total: int, peak: float, warmup: int = 100) -> float:
 def train_autoencoder(args: argparse.Namespace) -> None:
     """Reconstruction (L1 + perceptual + spectrum + KL), then the decoder alone against a PatchGAN too."""
     data = manifest.read(args.data_dir)
-    images = load_gray(data.select(split="train"))
+    train = data.select(split="train")
+    images = load_gray(train)
+    lesions = np.stack([grow(mask, images.shape[1] // 20) for mask in load_gray(train, "condition_fg")])
     held_out = load_gray(data.select(split="valid"))[:256]
     torch.manual_seed(args.seed)
     start = args.pretrained_vae
@@ -179,10 +189,13 @@ def train_autoencoder(args: argparse.Namespace) -> None:
         size = images.shape[1] if step % 10 == 0 else images.shape[1] // 2  # crops: more steps for the same pixels
         batch = args.train_batch_size // 4 if step % 10 == 0 else args.train_batch_size
         x = random_crops(images, size, batch, args.seed, step)
+        lesion = (random_crops(lesions, size, batch, args.seed, step)[:, :1] > 0).float()  # the same draws
+        weight = 1 + (args.lesion_weight - 1) * lesion
         posterior = vae.encode(x, return_dict=False)[0]
         y = vae.decode(posterior.sample(), return_dict=False)[0]  # type: ignore[arg-type]
-        reconstruction, feature = (x - y).abs().mean(), perceptual(x, y)
-        structure = F.avg_pool2d(x - y, 4).abs().mean()  # grain may lie anywhere, but must not shift what lies below it
+        reconstruction, feature = weighted_mean((x - y).abs(), weight), perceptual(x, y, weight)
+        # Grain may lie anywhere, but must not shift what lies below it.
+        structure = weighted_mean(F.avg_pool2d(x - y, 4).abs(), weight)
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         spectrum = spectral(x, y)
         loss = reconstruction + args.structure_weight * structure + args.perceptual_weight * feature
@@ -432,6 +445,7 @@ def main(argv: list[str] | None = None) -> None:
     autoencoder.add_argument("--pretrained_vae", type=Path, help="go on from this autoencoder; default: from nothing")
     autoencoder.add_argument("--reconstruction_share", type=float, default=0.8, help="steps before the PatchGAN joins")
     autoencoder.add_argument("--structure_weight", type=float, default=0.0, help="on means of 4x4 pixels")
+    autoencoder.add_argument("--lesion_weight", type=float, default=4.0, help="of pixels in and near a lesion; others: 1")
     autoencoder.add_argument("--perceptual_weight", type=float, default=0.2)
     autoencoder.add_argument("--adversarial_weight", type=float, default=0.5, help="relative to the other gradients")
     autoencoder.add_argument("--kl_weight", type=float, default=5e-4)

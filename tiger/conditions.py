@@ -23,6 +23,7 @@ POLE_AXIS = {"longitudinal": "horizontal", "transverse": "horizontal"}
 # is at the right end.
 POLES = ("upper pole", "middle pole", "inferior pole")
 OUTLINE_PX = 6  # how far a nodule's outline reaches beyond its mask in a Sobel map: the recipe blurs by about as much
+RIM = 0.05  # width of the rim about a nodule that belongs to it, as a share of the image's side
 EXTENSION_PX, EXTENSION_AT = 10, 512  # a mask reaches at most 10 px beyond the organ in a 512 px image
 
 
@@ -143,7 +144,7 @@ def sobel_map(image: Gray) -> Gray:
 
 
 def boundary_map(image: Gray, mask: Gray) -> Gray:
-    """The Sobel map with the mask's boundary drawn into it at 255, just outside the mask: HxW uint8 → HxW uint8.
+    """The Sobel map with the outline of `nodule_region` drawn into it at 255, just outside it: HxW uint8 → HxW uint8.
 
     As thick as a 512 px image's line of 2 px. It lies outside so that `blank_nodule` leaves it.
     Raises InputError when the two differ in size.
@@ -151,13 +152,19 @@ def boundary_map(image: Gray, mask: Gray) -> Gray:
     if image.shape != mask.shape:
         raise InputError(f"the mask is {mask.shape[::-1]}, the image {image.shape[::-1]}: make them agree")
     thickness = max(1, round(2 * max(image.shape) / 512))
-    outline = (_grow(mask, thickness) > 0) & (mask == 0)
+    region = nodule_region(mask)
+    outline = (grow(region, thickness) > 0) & (region == 0)
     return np.where(outline, 255, sobel_map(image)).astype(np.uint8)
 
 
+def nodule_region(mask: Gray) -> Gray:
+    """The mask and a rim about it, 5 % of the image's side wide, in which a halo or a blurred margin lies: 0 or 255."""
+    return grow(np.where(mask > 0, 255, 0).astype(np.uint8), round(RIM * max(mask.shape)))
+
+
 def blank_nodule(edges: Gray, mask: Gray) -> Gray:
-    """The Sobel map with zeros inside the mask, so that the background says nothing of the nodule."""
-    return np.where(mask > 0, 0, edges).astype(np.uint8)
+    """The Sobel map with zeros in the nodule's region, so that the background says nothing of the nodule."""
+    return np.where(nodule_region(mask) > 0, 0, edges).astype(np.uint8)
 
 
 def remove_nodule(edges: Gray, mask: Gray, organ_mask: Gray | None = None) -> Gray:
@@ -166,8 +173,8 @@ def remove_nodule(edges: Gray, mask: Gray, organ_mask: Gray | None = None) -> Gr
     A hole would not do: wherever training shows one, there is a nodule in it. With an organ mask, the organ's own
     outline stays, where it runs beside the nodule.
     """
-    around = _grow(mask, OUTLINE_PX)
-    ring = (_grow(around, OUTLINE_PX) > 0) & (around == 0)
+    around = grow(mask, OUTLINE_PX)
+    ring = (grow(around, OUTLINE_PX) > 0) & (around == 0)
     if organ_mask is not None:
         inside = cv2.erode(organ_mask, _disk(OUTLINE_PX))
         around = np.where(inside > 0, around, mask)
@@ -180,7 +187,8 @@ def _disk(radius: int) -> Gray:
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1)).astype(np.uint8)
 
 
-def _grow(mask: Gray, radius: int) -> Gray:
+def grow(mask: Gray, radius: int) -> Gray:
+    """The mask dilated by a disk of `radius` pixels: HxW uint8 → HxW uint8."""
     return np.asarray(cv2.dilate(mask, _disk(radius)), dtype=np.uint8)
 
 

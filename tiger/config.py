@@ -190,7 +190,7 @@ class FinetuneConfig(TrainConfig):
         bg_region: where the background loss is taken: outside the nodule, or everywhere
         timestep_sampling: how often each noise level is trained: all alike, or mostly the high ones, where control
             decides what an image shows: t = (1 - u^3) T
-        blank_nodule: the Sobel map is zeroed inside the nodule
+        blank_nodule: the Sobel map is zeroed in the nodule and a rim about it
         fg_dropout: probability that an image is trained without its foreground branch
         bg_dropout: probability that an image is trained without its background branch
     """

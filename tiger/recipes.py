@@ -207,7 +207,7 @@ def pick(options: Sequence[T], rng: np.random.Generator) -> T:
 
 
 def draw_conditions(recipe: Recipe, train: Manifest, size: int, refine: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(mask, Sobel map), each (size, size) uint8: the mask 0 or 255, the map zero inside it.
+    """(mask, Sobel map), each (size, size) uint8: the mask 0 or 255, the map zero in the nodule's region.
 
     The map's own nodule is taken out of it: its edges must not show through beside the new nodule.
     """
