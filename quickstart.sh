@@ -22,7 +22,7 @@ stages() {
     stage data "phantom ultrasound with known truth, a long tail of classes" \
         python -m data.prepare phantom --output_dir "$R/data" --preset longtail --count 1200 --seed 3 # 40 s
     stage extra "further real images, for the upper bound" \
-        python -m data.prepare phantom --output_dir "$R/extra" --preset balanced --count 600 --seed 4 # 15 s
+        python -m data.prepare phantom --output_dir "$R/extra" --preset balanced --count 1200 --seed 4 # 20 s
     stage pretrain "coarse training: the U-Net learns the data's prompts" \
         bash pretrain.sh --config configs/pretrain-tiny.yaml --data_dir "$R/data" --pretrained_model assets/tiny-base \
         --output_dir "$R/pretrain" --cache_dir "$R/cache" --seed 0 # 150 s
@@ -31,8 +31,8 @@ stages() {
         --output_dir "$R/finetune" --cache_dir "$R/cache" --seed 0 # 300 s
     stage generated "synthesis" \
         python generation.py --model "$R/finetune" --data_dir "$R/data" --output_dir "$R/generated" \
-        --count benign=150,PTC=150,FTC=150,MTC=150 --steps 16 --scheduler dpmsolver++ --guidance_scale 2 \
-        --batch_size 25 --seed 0 # 90 s
+        --count benign=150,PTC=150,FTC=300,MTC=300 --steps 16 --scheduler dpmsolver++ --guidance_scale 2 \
+        --batch_size 25 --seed 0 # 130 s
     stage quality.json "image quality" \
         python -m eval.quality --real "$R/data" --fake "$R/generated" --output "$R/quality.json" # 25 s
     stage control.json "control: masks, maps and prompts against what the images show" \

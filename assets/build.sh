@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make assets/tiny-base and assets/judges from nothing: two to three hours on two CPU cores. Safe to run again: it resumes.
+# Make assets/tiny-base and assets/judges from nothing: about four hours on two CPU cores. Safe to run again: it resumes.
 #
 #   bash assets/build.sh            # work in runs/base, results in assets/
 #
@@ -14,11 +14,11 @@ python=.venv/bin/python
 
 $python -m data.prepare phantom --output_dir "$work/data" --count 16000 --seed 11 --preset common
 if [[ ! -f $work/plain/autoencoder.json ]]; then # structure first: with the loss on grain from the start it suffers
-    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/plain" --max_train_steps 6000 \
+    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/plain" --max_train_steps 9000 \
         --spectrum_weight 0
 fi
 if [[ ! -f $work/init/autoencoder.json ]]; then # then grain, by the decoder alone
-    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 2400 \
+    $python -m tiger.base autoencoder --data_dir "$work/data" --output_dir "$work/init" --max_train_steps 1500 \
         --pretrained_vae "$work/plain/vae" --reconstruction_share 0 --adversarial_weight 0.2 --structure_weight 4
 fi
 if [[ ! -f $work/init/text_encoder.json ]]; then

@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,6 +85,8 @@ def start(main: Main, argv: list[str], folder: Path, fatal: int | None) -> tuple
         sys.addaudithook(operations)
         code = run(main, argv)
         os.write(writing, str(operations.count).encode())
+    except BaseException:
+        traceback.print_exc()  # os._exit would not
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -62,6 +62,7 @@ class Size:
     batch_size: int
     widths: tuple[int, ...]  # of the U-Net's levels
     head_width: int
+    groups: int  # of its normalisations
     vae_widths: tuple[int, ...]
     vae_groups: int
     text_width: int
@@ -69,9 +70,9 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(64, 2, (32, 32, 64, 64), 16, (8, 8, 8, 8), 4, 32, 2),
-    "mid": Size(256, 4, (128, 256, 384, 384), 64, (48, 96, 176, 176), 16, 256, 12),  # U-Net of 88 M parameters
-    "sd21": Size(512, 16, (320, 640, 1280, 1280), 64, (128, 256, 512, 512), 32, 1024, 23),
+    "tiny": Size(64, 2, (32, 32, 64, 64), 16, 8, (8, 8, 8, 8), 4, 32, 2),
+    "mid": Size(256, 4, (128, 256, 384, 384), 64, 32, (48, 96, 176, 176), 16, 256, 12),  # U-Net of 88 M parameters
+    "sd21": Size(512, 16, (320, 640, 1280, 1280), 64, 32, (128, 256, 512, 512), 32, 1024, 23),
 }
 
 
@@ -81,6 +82,7 @@ def random_base(size: Size) -> Components:
     unet = UNet2DConditionModel(
         sample_size=size.side // 8, block_out_channels=size.widths, cross_attention_dim=size.text_width,
         attention_head_dim=tuple(width // size.head_width for width in size.widths), use_linear_projection=True,
+        norm_num_groups=size.groups,
     )  # fmt: skip
     vae = AutoencoderKL(
         block_out_channels=size.vae_widths, norm_num_groups=size.vae_groups, layers_per_block=2,
@@ -280,7 +282,8 @@ def fine_stage(base: Components, accelerator: Accelerator, **options: Any) -> Fi
 def coarse_stage(base: Components, accelerator: Accelerator, **options: Any) -> CoarseStage:
     """The coarse stage with the defaults of its command line."""
     defaults: dict[str, Any] = {
-        "train_text_encoder": False, "lora_rank": None, "learning_rate": LEARNING_RATE, "weight_decay": 0.01,
+        "train_text_encoder": False, "lora_rank": None, "lesion_weight": 1.0, "learning_rate": LEARNING_RATE,
+        "weight_decay": 0.01,
         "snr_gamma": None, "noise_offset": 0.0, "text_dropout": 0.1, "text_cache_size": 20000,
         "validation_inference_steps": 2,
     }  # fmt: skip

@@ -3,7 +3,7 @@
     python -m data.prepare check --data_dir mine --output report.json
 
 Errors would stop a training or make an evaluation worthless; warnings should be looked at. Every row is opened once, in
-parallel; the whole takes O(rows) time, but for the search for near duplicates (`data/duplicates.py`), and 1.2 kB a row.
+parallel; the whole takes O(rows) time, but for the search for near duplicates (`data/duplicates.py`), and 3 kB a row.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from data import shards
 from data.duplicates import near_pairs, perceptual_hash, same_picture, thumbnail
 from tiger import manifest
 from tiger.conditions import to_gray
@@ -134,6 +135,7 @@ def examine(
         Finding("error", problem.code, row.file_name, problem.message)
         for row, problem in manifest.synthetic_leaks(data.rows)
     )
+    report.findings.extend(Finding("error", "damaged_shard", None, problem) for problem in shards.damaged(data))
     add_copies(report, looks)
     report.findings.extend(prompt_findings(data.rows, knowledge))
     report.findings.extend(class_findings(data.rows))
@@ -181,7 +183,7 @@ def look_at(row: Row, root: Path, knowledge: Knowledge, fine: bool, siblings: Si
     """Open the files of one row and read its texts."""
     problems, images = manifest.file_problems(root, row, fine, siblings)
     problems = [*manifest.text_problems(row, knowledge), *problems]
-    parsed = knowledge.parse(row.text)
+    parsed = manifest.parsed(knowledge, row.text)
     impossible = knowledge.impossible(parsed.attributes)
     if "file_name" not in images:
         return Look(problems, parsed.unknown, impossible)

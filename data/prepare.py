@@ -5,15 +5,18 @@ python -m data.prepare build --source breast --input BrEaST --output_dir runs/br
 python -m data.prepare check --data_dir runs/breast --knowledge breast --output report.json
 python -m data.prepare split --data_dir mine --seed 0
 python -m data.prepare conditions --data_dir mine
+python -m data.prepare shards --data_dir mine --output_dir /archive/mine
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +24,7 @@ from tqdm import tqdm
 from data.check import examine, summary
 from data.maps import make_maps
 from data.mend import mend
+from data.shards import write_shards
 from data.sources import breast, busi, chexpert, folder, isic, tiger_thyroid, vindr_pcxr
 from data.split import assign_folds, missing_classes, refuse_leaks, share_problem
 from tiger import manifest
@@ -64,7 +68,7 @@ def write_source(args: argparse.Namespace, input_dir: Path, output_dir: Path) ->
         rows = vindr_pcxr.build(input_dir, output_dir, args.size, args.seed, args.rare_share)
     else:
         knowledge = Knowledge.load(args.knowledge)
-        options = {"table": args.table, "columns": dict(args.columns or ()), "labels": dict(args.labels or ())}
+        options = {"table": args.table, "columns": dict(chain(*args.columns or ())), "labels": dict(args.labels or ())}
         rows = folder.build(input_dir, output_dir, args.size, knowledge, **options)
     path = output_dir / manifest.FILE_NAME
     manifest.write(path, rows)
@@ -143,6 +147,12 @@ def conditions(args: argparse.Namespace) -> None:
     print(f"{written} maps {'would be ' * args.dry_run}written, {there} were there")
 
 
+def shards(args: argparse.Namespace) -> None:
+    """Write a data set as tar shards that training reads where they lie. A stopped run continues where it was."""
+    data = manifest.read(args.data_dir, Knowledge.load(args.knowledge))
+    report(write_shards(data, Path(args.output_dir), args.rows_per_shard, args.dry_run), args.dry_run)
+
+
 def phantom(args: argparse.Namespace) -> None:
     """Write synthetic thyroid ultrasound with known attributes."""
     from data.phantom import write_dataset
@@ -179,7 +189,6 @@ def segmenter(args: argparse.Namespace) -> None:
     else:
         action = segmentation.evaluate if args.action == "evaluate" else segmentation.predict
         done = action(args.data_dir, args.model, args.confidence, args.device)
-    done.pop("confidence", None)
     print(json.dumps(done, indent=2))
 
 
@@ -218,6 +227,11 @@ def pair(text: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, found {text!r}")
     return name, value
+
+
+def pairs(text: str) -> list[tuple[str, str]]:
+    """a=b,c=d"""
+    return [pair(part) for part in re.split(r",(?=\w+=)", text)]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -260,9 +274,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--rare_share", type=share, default=0.1,
                      help="pneumonia in train, as a share of the commonest class; 1: all (vindr_pcxr)")  # fmt: skip
     sub.add_argument("--knowledge", default="thyroid", help="name or YAML file (folder)")
-    sub.add_argument("--table", default="metadata.csv", help="CSV in the input folder (folder)")
-    sub.add_argument("--columns", nargs="+", type=pair, metavar="OURS=THEIRS",
-                     help="what the table calls file_name, label, text, patient_id, mask, … (folder)")  # fmt: skip
+    sub.add_argument("--table", help="CSV, Parquet or JSON lines in the input folder; None: metadata.csv, .parquet or "
+                     ".jsonl, or else all of it as a Hugging Face data set (folder)")  # fmt: skip
+    sub.add_argument("--columns", nargs="+", type=pairs, metavar="OURS=THEIRS",
+                     help="what the table calls image, text, label, patient_id, mask, … (folder)")  # fmt: skip
     sub.add_argument("--labels", nargs="+", type=pair, metavar="THEIRS=OURS",
                      help="labels of the table → labels of the knowledge base (folder)")  # fmt: skip
     dry_run(sub)
@@ -290,6 +305,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--edges", choices=["sobel", "boundary"], default="sobel",
                      help="boundary: the Sobel map with the mask's boundary drawn into it")  # fmt: skip
     sub.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
+    dry_run(sub)
+
+    sub = command(shards, "shards")
+    data_dir(sub)
+    sub.add_argument("--output_dir", required=True, help="where shard-000000.tar …, metadata.jsonl go")
+    sub.add_argument("--rows_per_shard", type=positive, default=1000, help="images a shard, with their masks and maps")
     dry_run(sub)
 
     sub = command(dicom, "dicom")

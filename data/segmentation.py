@@ -9,6 +9,8 @@ weights and packages, and from the settings in the user's home. Its checkpoints 
 restricted reader, which runs no code, and what is trained here is stored as model.safetensors beside model.json.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -36,6 +38,7 @@ MODEL = "yolov8n-seg.yaml"  # an architecture, in the wheel; its weights start a
 LUNG_WEIGHTS = "pspnet_chestxray_best_model_4.pth"
 LUNG_URL = f"https://github.com/mlmed/torchxrayvision/releases/download/v1/{LUNG_WEIGHTS}"
 BOOTSTRAPS = 2000
+LOG = "segmenter.jsonl"  # one line an image that was looked at
 
 
 def ultralytics() -> Any:
@@ -132,23 +135,15 @@ def train(
 
     Args:
         target: "nodule" (condition_fg) or "organ" (organ_mask).
-        start: an architecture of the wheel such as yolov8n-seg.yaml, or a local .pt to go on from.
+        start: see `load_start`.
     """
     data, folder = manifest.read(data_dir), Path(output_dir)
-    checkpoint = Path(start).suffix == ".pt"
-    if checkpoint and not Path(start).is_file():
-        raise InputError(f"--start {start}: no such file; nothing is downloaded, fetch it yourself or give {MODEL}")
+    yolo = load_start(start)
     with tempfile.TemporaryDirectory(prefix="segmenter-") as scratch:
         config = write_yolo(data, target, Path(scratch) / "data")
-        package = ultralytics()
-        try:
-            yolo = package.YOLO(start, task="segment")
-        except Exception as error:  # a damaged checkpoint can raise anything
-            advice = "it must load without running code" if checkpoint else f"give one such as {MODEL}"
-            raise InputError(f"--start {start}: cannot be read ({type(error).__name__}): {advice}") from error
         yolo.train(
             data=str(config), epochs=epochs, imgsz=imgsz, batch=batch, seed=seed, device=device, project=scratch,
-            name="run", pretrained=checkpoint, single_cls=True, plots=False, workers=0, verbose=False,
+            name="run", pretrained=bool(yolo.ckpt), single_cls=True, plots=False, workers=0, verbose=False,
             amp=False,  # it would fetch weights to test itself on
             nbs=batch,  # an update each batch; its default gathers 64 images, which small sets hardly have
         )  # fmt: skip
@@ -156,6 +151,29 @@ def train(
     scores = evaluate(data_dir, output_dir, device=device)
     write_json(folder / "scores.json", scores)
     return scores
+
+
+def load_start(start: str) -> Any:
+    """The model that a training starts from, an ultralytics.YOLO.
+
+    Args:
+        start: an architecture of the wheel such as yolov8n-seg.yaml, whose weights are random; a folder of `train`, for
+            instance another organ's; or a local .pt.
+    Raises InputError where it cannot be read, or not without running code.
+    """
+    if Path(start).is_dir():
+        net = load_net(Path(start), "--start")
+        yolo = ultralytics().YOLO(MODEL, task="segment")  # replaced at once; it takes none that is built already
+        yolo.model, yolo.ckpt = net, {"model": net}
+        return yolo
+    checkpoint = Path(start).suffix == ".pt"
+    if checkpoint and not Path(start).is_file():
+        raise InputError(f"--start {start}: no such file; nothing is downloaded, fetch it yourself or give {MODEL}")
+    try:
+        return ultralytics().YOLO(start, task="segment")
+    except Exception as error:  # a damaged checkpoint can raise anything
+        advice = "it must load without running code" if checkpoint else f"give one such as {MODEL}"
+        raise InputError(f"--start {start}: cannot be read ({type(error).__name__}): {advice}") from error
 
 
 def save(best: Path, folder: Path, settings: dict[str, Any]) -> None:
@@ -170,24 +188,31 @@ def save(best: Path, folder: Path, settings: dict[str, Any]) -> None:
     write_json(folder / "model.json", {"architecture": net.yaml, **settings})
 
 
+def load_net(folder: Path, flag: str) -> Any:
+    """The network that `save` stored. Raises InputError, which names the flag, where the folder holds none."""
+    if not (folder / "model.safetensors").is_file():
+        raise InputError(f"{flag} {folder}: holds no model.safetensors; make one: segmenter train --help")
+    ultralytics()
+    from safetensors.torch import load_file
+    from ultralytics.nn.tasks import SegmentationModel
+
+    settings = read_json(folder / "model.json")
+    net = SegmentationModel(settings["architecture"], nc=1, verbose=False)
+    net.load_state_dict(load_file(folder / "model.safetensors"))
+    net.names = {0: settings["target"]}
+    return net
+
+
 class Segmenter:
     """A trained model of `train`."""
 
     def __init__(self, folder: str | Path, device: str | None = None) -> None:
         """Raises InputError where the folder holds no model."""
-        folder = Path(folder)
-        if not (folder / "model.safetensors").is_file():
-            raise InputError(f"--model {folder}: holds no model.safetensors; make one: segmenter train --help")
-        ultralytics()
-        from safetensors.torch import load_file
+        net = load_net(Path(folder), "--model")
         from ultralytics.models.yolo.segment import SegmentationPredictor
-        from ultralytics.nn.tasks import SegmentationModel
 
-        settings = read_json(folder / "model.json")
+        settings = read_json(Path(folder) / "model.json")
         self.column: str = TARGETS[settings["target"]]
-        net = SegmentationModel(settings["architecture"], nc=1, verbose=False)
-        net.load_state_dict(load_file(folder / "model.safetensors"))
-        net.names = {0: settings["target"]}
         options = {"imgsz": settings["imgsz"], "conf": 0.001, "retina_masks": True, "device": device, "save": False,
                    "verbose": False, "mode": "predict", "task": "segment"}  # fmt: skip
         self.predictor = SegmentationPredictor(overrides=options)
@@ -245,12 +270,15 @@ def overlap(mask: Gray, truth: Gray) -> tuple[float, float]:
 
 
 def predict(data_dir: str, model: str, confidence: float, device: str | None = None) -> dict[str, Any]:
-    """Write a mask for each row that has none, name it in the manifest, and list the confidences in segmenter.json.
+    """Write a mask for each row that has none and name it in the manifest; returns how many were and were not found.
 
-    A row whose surest part is below `confidence` stays without a mask. The same command goes on where it stopped.
+    A row whose surest part is below `confidence` stays without a mask. Each confidence is in segmenter.jsonl. A stopped
+    run goes on where it was on the same command.
     """
     segmenter = Segmenter(model, device)
-    return add_masks(manifest.read(data_dir), segmenter.column, lambda gray: segmenter(gray, confidence))
+    weights = hashlib.sha256((Path(model) / "model.safetensors").read_bytes()).hexdigest()[:16]
+    settings = {"column": segmenter.column, "model": weights, "threshold": confidence}
+    return add_masks(manifest.read(data_dir), lambda gray: segmenter(gray, confidence), settings)
 
 
 def lungs(data_dir: str, weights: str) -> dict[str, Any]:
@@ -278,23 +306,49 @@ def lungs(data_dir: str, weights: str) -> dict[str, Any]:
         inside = share >= 0.5
         return np.where(inside, 255, 0).astype(np.uint8), float(share[inside].mean()) if inside.any() else 0.0
 
-    return add_masks(manifest.read(data_dir), "condition_fg", segment)
+    return add_masks(
+        manifest.read(data_dir), segment, {"column": "condition_fg", "model": LUNG_WEIGHTS, "threshold": 0.5}
+    )
 
 
-def add_masks(data: Manifest, column: str, segment: Callable[[Gray], tuple[Gray, float]]) -> dict[str, Any]:
-    """`segment` (gray → mask, confidence) over the rows without a mask in `column`; see `predict`."""
-    found: dict[str, float] = {}
-    rows = list(data.rows)
-    for index, row in enumerate(tqdm(rows, desc="masks", unit="image")):
-        if getattr(row, column):
-            continue
-        mask, found[row.file_name] = segment(read_gray(data.file(row, "file_name")))
-        if mask.any():
-            name = f"{column}/{Path(row.file_name).with_suffix('.png').as_posix().removeprefix('images/')}"
-            write_png(data.root / name, mask)
-            rows[index] = replace(row, **{column: name})
+def add_masks(
+    data: Manifest, segment: Callable[[Gray], tuple[Gray, float]], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """`segment` (gray → mask, confidence) over the rows without a mask; see `predict`.
+
+    settings: `column`, the manifest's, and what else the masks depend on; the log has them in each line, and rows that
+    it names with the same ones are done.
+    """
+    log, column = data.root / LOG, settings["column"]
+    done = {
+        line["file_name"]: line["mask"] for line in read_log(log)
+        if line.items() >= settings.items() and (line["mask"] is None or (data.root / line["mask"]).is_file())
+    }  # fmt: skip
+    rows, found = list(data.rows), 0
+    todo = [index for index, row in enumerate(rows) if getattr(row, column) is None]
+    with open(log, "a", encoding="utf-8") as lines:
+        for index in tqdm(todo, desc="masks", unit="image"):
+            row = rows[index]
+            if row.file_name not in done:
+                mask, confidence = segment(read_gray(data.file(row, "file_name")))
+                name = f"{column}/{Path(row.file_name).with_suffix('.png').as_posix().removeprefix('images/')}"
+                done[row.file_name] = name if mask.any() else None
+                if mask.any():
+                    write_png(data.root / name, mask)
+                record = {"file_name": row.file_name, "mask": done[row.file_name], "confidence": confidence, **settings}
+                lines.write(json.dumps(record) + "\n")
+                lines.flush()
+            rows[index] = replace(row, **{column: done[row.file_name]})
+            found += done[row.file_name] is not None
     manifest.write(data.path, rows)
-    made = sum(1 for old, new in zip(data.rows, rows, strict=True) if old != new)
-    report = {"masks": made, "without": len(found) - made, "confidence": found}
-    write_json(data.root / "segmenter.json", report)
-    return report
+    return {"masks": found, "without": len(todo) - found, "log": str(log)}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log. A last one that was cut off is removed from the file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        with atomic_path(path) as temporary:
+            temporary.write_text(whole, encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]

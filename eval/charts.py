@@ -1,6 +1,7 @@
 """The report's pictures: charts by matplotlib and montages of images, each as PNG bytes."""
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,10 @@ from PIL import Image
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#4c6272", "#b5651d", "#1b6f8a", "#7a9a3a", "#8c4a6b", "#c9a227")
+COLOURS = (
+    "#4c6272", "#b5651d", "#1b6f8a", "#7a9a3a", "#8c4a6b", "#c9a227",
+    "#2f2f4f", "#d98a8a", "#5fb3a1", "#9b7fc7", "#70502c", "#a8b0b8",
+)  # fmt: skip
 OUTLINE = (255, 196, 0)  # requested nodule outlines
 GAP = 3  # px between tiles
 
@@ -71,10 +75,37 @@ def roc_chart(tasks: Mapping[str, Mapping[str, Curve]]) -> bytes:
     figure, panels = axes(len(tasks), 4.0, 3.8)
     for ax, (title, arms) in zip(panels, tasks.items(), strict=True):
         ax.plot([0, 1], [0, 1], color="#999", linewidth=0.8, linestyle=":")
-        for (arm, (fpr, tpr)), colour in zip(arms.items(), COLOURS, strict=False):
+        for (arm, (fpr, tpr)), colour in zip(arms.items(), itertools.cycle(COLOURS), strict=False):
             ax.plot(fpr, tpr, color=colour, label=arm, linewidth=1.5)
         ax.set(title=title, xlabel="1 − specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
         ax.legend(frameon=False, loc="lower right", fontsize="small")
+    return to_png(figure)
+
+
+def calibration_chart(tasks: Mapping[str, Mapping[str, Curve]]) -> bytes:
+    """tasks[title][arm] = (mean probabilities, shares of positives) of groups of images: one panel a task."""
+    figure, panels = axes(len(tasks), 4.0, 3.8)
+    for ax, (title, arms) in zip(panels, tasks.items(), strict=True):
+        ax.plot([0, 1], [0, 1], color="#999", linewidth=0.8, linestyle=":")
+        for (arm, (predicted, observed)), colour in zip(arms.items(), itertools.cycle(COLOURS), strict=False):
+            ax.plot(predicted, observed, "o-", color=colour, label=arm, linewidth=1.2, markersize=3)
+        ax.set(title=title, xlabel="mean probability", ylabel="share of positives", xlim=(0, 1), ylim=(0, 1.01))
+        ax.set_aspect("equal")
+        ax.legend(frameon=False, loc="upper left", fontsize="small")
+    return to_png(figure)
+
+
+def band_chart(tasks: Mapping[str, Mapping[str, Sequence[tuple[float, ...]]]], x: str, y: str) -> bytes:
+    """tasks[title][line] = [(x, value, low, high)]: lines with bars for their intervals, one panel a task."""
+    figure, panels = axes(len(tasks), 4.6, 3.6)
+    for ax, (title, lines) in zip(panels, tasks.items(), strict=True):
+        for (name, points), colour in zip(lines.items(), itertools.cycle(COLOURS), strict=False):
+            at, value, low, high = (np.array(column, float) for column in zip(*points, strict=True))
+            # a percentile interval may leave its value out
+            bars = np.maximum(0, [value - low, high - value])
+            ax.errorbar(at, value, bars, fmt="o-", color=colour, label=name, linewidth=1.5, markersize=4, capsize=2)
+        ax.set(title=title, xlabel=x, ylabel=y)
+        ax.legend(frameon=False, fontsize="small")
     return to_png(figure)
 
 
@@ -83,7 +114,7 @@ def interval_chart(tasks: Mapping[str, Mapping[str, Estimate]], label: str) -> b
     arms = list(dict.fromkeys(arm for task in tasks.values() for arm in task))
     figure, panels = axes(len(tasks), 4.6, 0.9 + 0.34 * len(arms))
     for ax, (title, task) in zip(panels, tasks.items(), strict=True):
-        for arm, colour in zip(arms, COLOURS * 4, strict=False):
+        for arm, colour in zip(arms, itertools.cycle(COLOURS), strict=False):
             if arm in task:
                 value, low, high = task[arm]
                 ax.plot([low, high], [arm, arm], color=colour, linewidth=2)

@@ -1,8 +1,9 @@
 """The image classifier behind `eval.classify`: one ResNet, one training recipe, whatever the data."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval import statistics
+from eval.arms import Augmentation
 from eval.training import device, fit, shift
 from tiger.errors import InputError
+from tiger.files import atomic_path, write_json
 
 MODELS = ("resnet18", "resnet34", "resnet50")
 
@@ -35,19 +38,41 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """All of it as JSON, the weights by their content."""
-        digest = hashlib.sha256(Path(self.weights).read_bytes()).hexdigest()[:16] if self.weights else None
-        return asdict(self) | {"weights": digest}
+        return asdict(self) | {"weights": _digest(self.weights) if self.weights else None}
+
+
+@cache
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def build(recipe: Recipe, classes: int) -> nn.Module:
-    """The torchvision ResNet with a head for `classes`."""
+    """The torchvision ResNet with a head for `classes`; the weights' own head, such as ImageNet's, is left out."""
     import torchvision
 
-    net: torchvision.models.ResNet = getattr(torchvision.models, recipe.model)(weights=None)
+    net: torchvision.models.ResNet = getattr(torchvision.models, recipe.model)(weights=None, num_classes=classes)
     if recipe.weights:
-        net.load_state_dict(read_weights(recipe.weights))
-    net.fc = nn.Linear(net.fc.in_features, classes)
+        body = {name: tensor for name, tensor in read_weights(recipe.weights).items() if not name.startswith("fc.")}
+        try:
+            missing, unexpected = net.load_state_dict(body, strict=False)
+        except RuntimeError as error:  # shapes
+            raise InputError(
+                f"{recipe.weights}: not a {recipe.model}: {str(error).splitlines()[-1].strip()}"
+            ) from error
+        if unexpected or set(missing) != {"fc.weight", "fc.bias"}:
+            wrong = next(iter((*unexpected, *sorted(set(missing) - {"fc.weight", "fc.bias"}))), "fc.weight")
+            raise InputError(f"{recipe.weights}: not a {recipe.model} as torchvision or timm have it, see {wrong}")
     return net.to(memory_format=torch.channels_last).to(device())
+
+
+def save(net: nn.Module, folder: Path, model: str, image_size: int, classes: Sequence[str]) -> None:
+    """Write {config.json, model.safetensors}, which `eval.features` takes as an extractor; the config comes last."""
+    from safetensors.torch import save_file
+
+    with atomic_path(folder / "model.safetensors") as temporary:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in net.state_dict().items()}, temporary)
+    write_json(folder / "config.json", {"model": model, "image_size": image_size, "classes": list(classes)})
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -60,14 +85,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def to_input(images: Tensor) -> Tensor:
-    """(B, H, W) uint8 -> (B, 3, H, W) float, normalised as ImageNet's mean grey."""
+    """(B, H, W) in 0 … 255 -> (B, 3, H, W) float, normalised as ImageNet's mean grey."""
     grey = (images.to(device()).unsqueeze(1).float() / 255 - 0.449) / 0.226
     return grey.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, H, W) uint8 -> (B, 3, H, W): moved by up to 1/16, gain and offset up to a tenth. A flip would swap poles."""
-    inputs = to_input(shift(images, images.shape[-1] // 16, generator))
+def augment(images: Tensor, generator: torch.Generator, each: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """(B, H, W) uint8 -> (B, 3, H, W): moved by up to 1/16, gain and offset up to a tenth. A flip would swap poles.
+
+    each: what an arm does besides to an image, (1, H, W) in [0, 1].
+    """
+    moved = shift(images, images.shape[-1] // 16, generator)
+    if each is not None:
+        changed = torch.stack([each(image) for image in moved.unsqueeze(1).float() / 255])  # (B, 1, H, W)
+        moved = changed.squeeze(1) * 255
+    inputs = to_input(moved)
     gain, offset = 0.2 * torch.rand((2, len(images), 1, 1, 1), generator=generator) - 0.1
     return inputs * (1 + gain.to(inputs.device)) + (offset / 0.226).to(inputs.device)
 
@@ -95,6 +127,8 @@ def train(
     classes: int,
     seed: int,
     description: str,
+    augmentation: Augmentation | None = None,
+    net: nn.Module | None = None,
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train one classifier and return it, in the state that was best on `valid`, with notes on the training.
 
@@ -102,14 +136,23 @@ def train(
         images, y: (N, H, W) uint8 and (N,) class indices: everything that may be drawn.
         draw: numpy generator -> the row indices of one batch.
         valid: images and classes to select the state on, by macro AUC over the classes there; None: the last state.
+        augmentation: what an arm does to images on top of what every arm does.
+        net: a classifier to go on from; None: a new one.
     """
     torch.manual_seed(seed)
-    net = build(recipe, classes)
+    net = build(recipe, classes) if net is None else net
+    augmentation = augmentation or Augmentation()
     best: dict[str, Any] = {"auc": -1.0, "step": recipe.max_train_steps, "state": None}
 
     def loss(rows: np.ndarray, generator: torch.Generator) -> Tensor:
-        inputs = augment(torch.from_numpy(images[rows]), generator)
-        return F.cross_entropy(net(inputs), torch.from_numpy(y[rows]).to(inputs.device))
+        inputs = augment(torch.from_numpy(images[rows]), generator, augmentation.image)
+        target = torch.from_numpy(y[rows]).to(inputs.device)
+        if augmentation.features is not None:
+            features = features_of(net, inputs)
+            return F.cross_entropy(net.get_submodule("fc")(augmentation.features(features, target)), target)
+        if augmentation.batch is not None:
+            inputs, target = augmentation.batch(inputs, target)
+        return F.cross_entropy(net(inputs), target)
 
     def validate(step: int) -> dict[str, float]:
         assert valid is not None
@@ -135,3 +178,12 @@ def train(
         net.load_state_dict(best["state"])
     notes = {"selected_step": best["step"], "images_per_second": round(speed * recipe.train_batch_size, 1)}
     return net.eval(), notes | ({"valid_macro_auc": best["auc"]} if valid is not None else {})
+
+
+def features_of(net: nn.Module, inputs: Tensor) -> Tensor:
+    """(B, D): what the net's last layer sees."""
+    found: list[Tensor] = []
+    hook = net.get_submodule("fc").register_forward_pre_hook(lambda layer, given: found.append(given[0]))
+    net(inputs)
+    hook.remove()
+    return found[0]

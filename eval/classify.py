@@ -1,305 +1,63 @@
 """Does training on synthetic images help a classifier on real ones? All arms under identical conditions.
 
-    python -m eval.classify --real runs/data --fake runs/generated --output runs/classify/report.json --seeds 0 1 2
-    python -m eval.classify --real D --fake G --extra_real D2 --output R/report.json --weights resnet50.safetensors
+    python -m eval.classify --real runs/data --fake runs/generated --output runs/classify/report.json --seeds 0,1,2
+    python -m eval.classify --real D --fake tiger_f=G sd=G2 --extra_real E --output R/report.json --weights resnet50.pth
     python -m eval.classify --real D --fake G --output R/report.json \
         --model resnet18 --image_size 64 --max_train_steps 400       # minutes on a CPU
+    python -m eval.classify --real D/fold{fold}.jsonl --fake runs/fold{fold}/generated --folds 5 --output R/report.json
 
-Arms differ in nothing but the images that a batch is drawn from:
+Arms differ in nothing but the images that a batch is drawn from and what is done to them:
     none          the real training images, classes as frequent as they are
-    oversampling  the real training images, every class equally often
-    tiger_f       the same, with a fixed share of synthetic images within every class: were it larger in the rare ones,
-                  looking synthetic would be a cue to the label
-    real_upper    the same as oversampling, with as many further real images (--extra_real) as there are synthetic ones,
-                  or all where there are fewer: what the best generator could give. Every image of a class is as likely,
-                  so further ones fill a larger share of a rare class, where tiger_f's share is fixed
-The state is selected on the split `valid`, the split `test` is looked at once. Finished (arm, seed) pairs are reused.
-Scores of every test image are in `scores/` beside the report, so that every figure can be made again without training.
+    oversampling  the real training images, every class equally often: the baseline, and the sampler of all that follow
+    basic, mixup, cutmix, erasing, features
+                  oversampling with this augmentation on top (eval/arms.py)
+    NAME          the same with the synthetic images given as --fake NAME=DIR; a bare --fake DIR is tiger_f
+    real_upper    the same with further real images (--extra_real), as many as there are synthetic ones, or all where
+                  there are fewer: what the best generator could give. Every image of a class is as likely, so further
+                  ones fill a larger share of a rare class, where that of synthetic ones is fixed
+
+Policies for synthetic images: `share`, a fixed share within every class of each batch: were it larger in the rare ones,
+looking synthetic would be a cue to the label; `rare`, the rare classes only; `pooled`, real and synthetic images in one
+pool; `pretrain`, synthetic images for the first half of the steps, real ones for the rest.
+
+States, shares (--share auto) and thresholds are chosen on the split `valid`; the split `test` is looked at once. Each
+training leaves its scores in `scores/` beside the report. The same command again goes on, and trains nothing where all
+is done. With --shard k/n it makes the k-th of n parts of the work; whoever finds all done writes the report.
 """
 
 import argparse
-import csv
-import hashlib
 import json
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from eval import classifier, realism, statistics
+from eval import figures, runs
+from eval.arms import AUGMENTATIONS, PLAIN, POLICIES, UPPER
 from eval.classifier import MODELS, Recipe
-from eval.images import load_images, name_rows
-from eval.leakage import held_out, refuse_copies, refuse_leakage
-from tiger import manifest as manifests
-from tiger.errors import InputError, run
-from tiger.files import atomic_path, read_json, write_json
+from eval.runs import SHARES, Study
+from eval.sources import c2st, looks, rare_classes, read_sources, synthetic_sets
+from eval.study import ALL, Data, Sources, Trial, classes_of, counts, load, trials
+from tiger.errors import InputError
+from tiger.errors import run as run_main
+from tiger.files import read_json, write_json
 from tiger.knowledge import Knowledge
-from tiger.manifest import Manifest
-
-ARMS = ("none", "oversampling", "tiger_f", "real_upper")
-REAL, FAKE, EXTRA = 0, 1, 2  # where an image comes from
 
 
-@dataclass(frozen=True)
-class Data:
-    """Everything that may be trained on, and the two real splits that are looked at."""
+def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A type of argparse: "0,1,2" -> [0, 1, 2]."""
 
-    classes: list[str]
-    images: np.ndarray  # (N, S, S) uint8
-    y: np.ndarray  # (N,) class index
-    origin: np.ndarray  # (N,) REAL, FAKE or EXTRA
-    valid: tuple[np.ndarray, np.ndarray] | None
-    test: tuple[np.ndarray, np.ndarray]
-    test_rows: Manifest
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",") if part]
+
+    parse.__name__ = f"list of {kind.__name__}"
+    return parse
 
 
-def load(args: argparse.Namespace, real: Manifest, fake: Manifest, extra: Manifest | None) -> Data:
-    """Read and check all images. Classes are those of the real training rows."""
-    splits = {split: real.select(split=split) for split in manifests.SPLITS}
-    for split in ("train", "test"):
-        if not splits[split].rows:
-            raise InputError(f"{real.path}: no rows in split '{split}'; run `python -m data.prepare split`")
-    unlabelled = [row.file_name for m in (real, fake, extra) if m is not None for row in m.rows if row.label is None]
-    if unlabelled:
-        raise InputError(f"rows without a label: {name_rows(unlabelled)}")
-    present = {str(row.label) for row in splits["train"].rows}
-    order = list(Knowledge.load(args.knowledge).subtypes)
-    classes = sorted(present, key=lambda label: (order.index(label) if label in order else len(order), label))
-    if len(classes) < 2:
-        raise InputError(f"{real.path}: split 'train' has one class only ({classes[0]}); nothing to classify")
-    tested, watched = ({str(row.label) for row in splits[split].rows} for split in ("test", "valid"))
-    if tested != present or watched - present or len(watched) == 1:
-        found = f"train has {sorted(present)}, valid {sorted(watched)}, test {sorted(tested)}"
-        raise InputError(f"{real.path}: {found}; test needs the classes of train, valid two of them or no rows")
-    fake = fake.select(labels=classes)
-    pools = [splits["train"], fake]
-    if extra is not None:
-        pools.append(as_many(extra.select(labels=classes), fake))
-    images = [load_images(pool, args.image_size) for pool in pools]
-    checked = Manifest(real.path, tuple(held_out(real)))
-    checked_images = load_images(checked, args.image_size)
-    for pool, pool_images in zip(pools, images, strict=True):
-        refuse_copies(pool, pool_images, checked, checked_images)
-
-    def indices(m: Manifest) -> np.ndarray:
-        return np.array([classes.index(str(row.label)) for row in m.rows], dtype=np.int64)
-
-    in_test = np.array([row.split == "test" for row in checked.rows])
-    y = indices(checked)
-    return Data(
-        classes=classes,
-        images=np.concatenate(images),
-        y=np.concatenate([indices(pool) for pool in pools]),
-        origin=np.repeat(np.arange(len(pools)), [len(pool.rows) for pool in pools]),
-        valid=(checked_images[~in_test], y[~in_test]) if not in_test.all() else None,
-        test=(checked_images[in_test], y[in_test]),
-        test_rows=splits["test"],
-    )
-
-
-def as_many(extra: Manifest, fake: Manifest) -> Manifest:
-    """The rows of `extra`, of each class at most as many as `fake` has, drawn with a fixed seed."""
-    wanted = Counter(row.label for row in fake.rows)
-    order = np.random.default_rng(0).permutation(len(extra.rows))
-    taken: Counter[str | None] = Counter()
-    rows = []
-    for row in (extra.rows[i] for i in order):
-        if taken[row.label] < wanted[row.label]:
-            taken[row.label] += 1
-            rows.append(row)
-    return Manifest(extra.path, tuple(rows))
-
-
-def groups_of(arm: str, data: Data, share: float) -> list[tuple[float, np.ndarray]]:
-    """The groups of rows an arm draws from, each with its share of a batch; the shares add up to 1."""
-    real = data.origin == REAL
-    if arm == "none":
-        return [(1.0, np.flatnonzero(real))]
-    groups = []
-    for c, label in enumerate(data.classes):
-        of_class = data.y == c
-        if arm == "oversampling":
-            parts = [(1.0, real)]
-        elif arm == "tiger_f":
-            parts = [(1 - share, real), (share, data.origin == FAKE)]
-        else:
-            parts = [(1.0, real | (data.origin == EXTRA))]
-        for part, allowed in parts:
-            rows = np.flatnonzero(of_class & allowed)
-            if not len(rows):
-                raise InputError(f"arm {arm}: no images of class {label} to draw from; generate some for every class")
-            groups.append((part / len(data.classes), rows))
-    return groups
-
-
-def draw_batch(groups: Sequence[tuple[float, np.ndarray]], size: int, rng: np.random.Generator) -> np.ndarray:
-    """Row indices of one batch: each group gets its share of the places to within one, its rows equally likely.
-
-    Places are laid by systematic sampling, so that rounding favours no group over many batches.
-    """
-    edges = np.cumsum([share for share, _ in groups])
-    places = (np.arange(size) + rng.random()) / size * edges[-1]
-    rows = [groups[g][1] for g in np.minimum(np.searchsorted(edges, places, side="right"), len(groups) - 1)]
-    return np.array([part[rng.integers(len(part))] for part in rows])
-
-
-# ---------------------------------------------------------------------------------------------------- one (arm, seed)
-
-
-def scores_of(arm: str, seed: int, data: Data, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
-    """Train one arm with one seed and score the test images, or read the finished result of the same settings."""
-    groups = groups_of(arm, data, args.synthetic_share)
-    settings = recipe.settings() | {"arm": arm, "seed": seed, "data": digest(data, groups)}
-    path = Path(args.output).parent / "scores" / f"{arm}-seed{seed}.json"
-    if path.is_file():
-        found = read_json(path)
-        if found["settings"] == settings:
-            return found
-    net, notes = classifier.train(
-        recipe,
-        data.images,
-        data.y,
-        lambda rng: draw_batch(groups, recipe.train_batch_size, rng),
-        data.valid,
-        classes=len(data.classes),
-        seed=seed,
-        description=f"{arm}, seed {seed}",
-    )
-    probabilities = classifier.predict(net, data.test[0])
-    result = {
-        "settings": settings,
-        **notes,
-        "classes": data.classes,
-        "file_name": [row.file_name for row in data.test_rows.rows],
-        "probabilities": np.round(probabilities, 6).tolist(),
-    }
-    write_json(path, result)
-    return result
-
-
-def realism_of(real: Manifest, fake: Manifest, data: Data, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure how well real and synthetic images are told apart, or read the finished result of the same settings."""
-    recipe = replace(recipe, max_train_steps=args.realism_steps or max(1, recipe.max_train_steps // 2))
-    classifier_of = {"model": recipe.model, "image_size": args.image_size, "max_train_steps": recipe.max_train_steps}
-    settings = recipe.settings() | {"seed": args.seeds[0], "resamples": args.resamples}
-    settings["data"] = digest(data, [(1.0, np.flatnonzero(data.origin == FAKE))])
-    settings["sources"] = hashlib.sha256(repr([row.derived_from for row in fake.rows]).encode()).hexdigest()[:16]
-    path = Path(args.output).parent / "scores" / "real_vs_synthetic.json"
-    if path.is_file():
-        found = read_json(path)
-        if found["settings"] == settings:
-            return classifier_of | found["result"]
-    result = realism.measure(real, fake, held_out(real), recipe, args.image_size, args.seeds[0], args.resamples)
-    write_json(path, {"settings": settings, "result": result})
-    return classifier_of | result
-
-
-def digest(data: Data, groups: Sequence[tuple[float, np.ndarray]]) -> str:
-    """Changes with any image, label or mixing that this training or its test depends on."""
-    hashed = hashlib.sha256(json.dumps([data.classes, data.images.shape[1:]]).encode())
-    for share, rows in groups:
-        hashed.update(f"{share:.9f}".encode() + data.images[rows].tobytes() + data.y[rows].tobytes())
-    for images, y in filter(None, (data.valid, data.test)):
-        hashed.update(images.tobytes() + y.tobytes())
-    return hashed.hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------------------------------------ figures
-
-
-Metric = Callable[[np.ndarray, np.ndarray], float]  # (N,) class indices, (N, classes) probabilities
-
-
-def pair_auc(negative: int, positive: int) -> Metric:
-    """AUC of one class against another, among the images of the two, by p_positive / (p_negative + p_positive)."""
-
-    def metric(y: np.ndarray, p: np.ndarray) -> float:
-        rows = (y == negative) | (y == positive)
-        score = p[rows, positive] / np.maximum(p[rows, negative] + p[rows, positive], 1e-12)
-        return statistics.auc(y[rows] == positive, score)
-
-    return metric
-
-
-def balanced_accuracy(y: np.ndarray, p: np.ndarray) -> float:
-    """Mean recall of the classes, the most likely class being the answer."""
-    right = p.argmax(1) == y
-    return float(np.mean([right[y == c].mean() for c in np.unique(y)]))
-
-
-def metrics_of(classes: list[str], negative: str) -> dict[str, Metric]:
-    """Name -> metric: macro AUC, balanced accuracy, and the AUC of each class against `negative`."""
-    metrics: dict[str, Metric] = {"macro_auc": classifier.macro_auc, "balanced_accuracy": balanced_accuracy}
-    if negative in classes:
-        n = classes.index(negative)
-        metrics |= {f"auc {negative} vs {label}": pair_auc(n, c) for c, label in enumerate(classes) if c != n}
-    return metrics
-
-
-def over_seeds(metric: Metric) -> Metric:
-    """The metric's mean over seeds; probabilities (N, seeds, classes)."""
-    return lambda y, p: float(np.mean([metric(y, p[:, seed]) for seed in range(p.shape[1])]))
-
-
-def summarise(
-    results: dict[str, list[dict[str, Any]]], data: Data, args: argparse.Namespace
-) -> dict[str, dict[str, Any]]:
-    """arm -> metric -> mean over seeds with its interval, each seed's value, and the difference to oversampling."""
-    y, patients = data.test[1], [row.patient_id or row.file_name for row in data.test_rows.rows]
-    stacked = {arm: np.stack([run["probabilities"] for run in runs], 1) for arm, runs in results.items()}
-    report: dict[str, dict[str, Any]] = {}
-    for arm, p in stacked.items():  # (N, seeds, classes)
-        report[arm] = {"n_test": len(y), "seeds": args.seeds}
-        report[arm]["selected_steps"] = [run["selected_step"] for run in results[arm]]
-        report[arm]["images_per_second"] = [run["images_per_second"] for run in results[arm]]
-        for name, metric in metrics_of(data.classes, args.negative).items():
-            mean = over_seeds(metric)
-            value, low, high = statistics.cluster_bootstrap_ci(mean, y, p, patients, args.resamples, 0)
-            entry: dict[str, Any] = {"value": value, "low": low, "high": high}
-            entry["per_seed"] = [metric(y, p[:, seed]) for seed in range(p.shape[1])]
-            if "oversampling" in stacked and arm != "oversampling":
-                entry["minus_oversampling"] = difference(mean, y, p, stacked["oversampling"], patients, args.resamples)
-            report[arm][name] = entry
-    return report
-
-
-def difference(
-    metric: Metric, y: np.ndarray, p: np.ndarray, baseline: np.ndarray, patients: Sequence[str], resamples: int
-) -> dict[str, float]:
-    """metric(p) - metric(baseline) on the same patients, with a paired bootstrap interval."""
-    both = np.stack([p, baseline], axis=1)  # (N, 2, seeds, classes)
-    value, low, high = statistics.cluster_bootstrap_ci(
-        lambda y, s: metric(y, s[:, 0]) - metric(y, s[:, 1]), y, both, patients, resamples, 0
-    )
-    return {"value": value, "low": low, "high": high}
-
-
-def write_scores(path: Path, results: dict[str, list[dict[str, Any]]], data: Data) -> None:
-    """One CSV with the probabilities of every test image by every arm and seed."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["arm", "seed", "file_name", "patient_id", "label", *(f"p_{label}" for label in data.classes)])
-        for arm, runs in results.items():
-            for result in runs:
-                for row, p in zip(data.test_rows.rows, result["probabilities"], strict=True):
-                    writer.writerow([arm, result["settings"]["seed"], row.file_name, row.patient_id, row.label, *p])
-
-
-def counts(data: Data) -> dict[str, dict[str, int]]:
-    """Images of each class in each pool and split."""
-    pools = {"train": data.y[data.origin == REAL], "synthetic": data.y[data.origin == FAKE]}
-    pools |= {"extra_real": data.y[data.origin == EXTRA], "test": data.test[1]}
-    if data.valid is not None:
-        pools["valid"] = data.valid[1]
-    return {name: {label: int((y == c).sum()) for c, label in enumerate(data.classes)} for name, y in pools.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------- CLI
+def share_of(text: str) -> tuple[float, ...]:
+    """A share, or SHARES for "auto"."""
+    return SHARES if text == "auto" else (float(text),)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -310,77 +68,184 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
 
-    def add(name: str, help: str, **options: Any) -> None:
+    def add(*names: str, help: str, **options: Any) -> None:
         default = options.get("default")
-        parser.add_argument(name, help=help if default is None else f"{help} (default: {default})", **options)
+        parser.add_argument(*names, help=help if default is None else f"{help} (default: {default})", **options)
 
     recipe = Recipe()
-    add("--real", "manifest of real images with splits train, valid, test", required=True)
-    add("--fake", "manifest of synthetic images", required=True)
-    add("--extra_real", "manifest of further real images, for the arm real_upper")
-    add("--output", "report, JSON; scores/ and scores.csv are written beside it", required=True)
-    add("--arms", "arms to run; without it all for which there is data", nargs="+", choices=ARMS)
-    add("--seeds", "one training an arm and seed", nargs="+", type=int, default=[0])
-    add("--model", "torchvision model", choices=MODELS, default=recipe.model)
-    add("--weights", "local ImageNet checkpoint of the model; without it from scratch")
-    add("--image_size", "px", type=int, default=128)
-    add("--max_train_steps", "optimizer steps, the same in every arm", type=int, default=recipe.max_train_steps)
-    add("--train_batch_size", "images", type=int, default=recipe.train_batch_size)
-    add("--learning_rate", "peak; warm-up, then cosine to 0", type=float, default=recipe.learning_rate)
-    add("--synthetic_share", "share of synthetic images within every class, 0 to 1", type=float, default=0.25)
+    add("--real", help="manifest of real images with splits train, valid, test", required=True)
+    add("--fake", help="manifests of synthetic images, each NAME=DIR, or DIR for tiger_f", nargs="+", default=[])
+    add("--extra_real", help="manifest of further real images, for the arm real_upper")
+    add("--output", help="report, JSON; scores/ and scores.csv are written beside it", required=True)
+    arms = f"{', '.join((*PLAIN, UPPER))}, or names of --fake"
+    add(
+        "--arms",
+        help=f"arms to run: {arms}; without it all for which there is data, less {', '.join(AUGMENTATIONS)}",
+        nargs="+",
+    )
+    add("--tasks", help=f"'{ALL}', one net for all classes, and classes that get a net of their own against --negative",
+        nargs="+", default=[ALL])  # fmt: skip
+    add("--seeds", help="one training an arm and seed", nargs="+", type=listed(int), default="0")
+    add("--folds", help="folds by patient in place of the splits; {fold} in a path is the fold's number", type=int)
+    add("--amounts", help="synthetic images a class; without it all there are", nargs="+", type=listed(int))
+    add("--real_share", help="share of the real training patients of each class", nargs="+", type=listed(float),
+        default="1")  # fmt: skip
+    add("--policy", help="how synthetic images are mixed in", choices=POLICIES, default="share")
+    add("--share", "--synthetic_share", dest="share", help="share of synthetic images within a class, 0 to 1; 'auto' "
+        f"chooses from {SHARES} on valid", type=share_of, default="0.25")  # fmt: skip
+    add(
+        "--rare",
+        help="the rare classes; without it those with fewer than a quarter of the largest one's images",
+        nargs="+",
+    )
+    add("--model", help="torchvision model", choices=MODELS, default=recipe.model)
+    add("--weights", help="local checkpoint of the model (.safetensors, .pth); without it from scratch")
+    add("--image_size", help="px", type=int, default=128)
+    add("--max_train_steps", help="optimizer steps, the same in every arm", type=int, default=recipe.max_train_steps)
+    add("--train_batch_size", help="images", type=int, default=recipe.train_batch_size)
+    add("--learning_rate", help="peak; warm-up, then cosine to 0", type=float, default=recipe.learning_rate)
     add(
         "--realism_steps",
-        "optimizer steps of the real-versus-synthetic classifier; default: half of the others",
+        help="optimizer steps of the real-versus-synthetic classifier; default: half of the others",
         type=int,
     )
-    add("--negative", "the class that the others are set against", default="benign")
-    add("--knowledge", "knowledge base, for the order of the classes", default="thyroid")
-    add("--resamples", "bootstrap resamples", type=int, default=1000)
+    add("--negative", help="the class that the others are set against", default="benign")
+    add("--knowledge", help="knowledge base, for the order of the classes", default="thyroid")
+    add("--resamples", help="bootstrap resamples", type=int, default=1000)
+    add("--shard", help="k/n makes the k-th of n parts, k = 0 … n-1", default="0/1")
+    parser.add_argument("--save_models", action="store_true", help="keep each classifier in models/ beside the report")
     parser.add_argument("--no_realism", action="store_true", help="leave out the real-versus-synthetic classifier")
     parser.add_argument("--dry_run", action="store_true", help="check everything and train nothing")
     return parser
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags, lists flattened and checked against each other."""
+    args = _parser().parse_args(argv)
+    for name in ("seeds", "real_share", "amounts"):
+        words = getattr(args, name) or []  # a list for each word, or the default's list
+        values = [value for word in words for value in (word if isinstance(word, list) else [word])]
+        setattr(args, name, list(dict.fromkeys(values)))
+    sets = synthetic_sets(args.fake)
+    args.arms = args.arms or ["none", "oversampling", *sets, *([UPPER] if args.extra_real else [])]
+    if unknown := set(args.arms) - {*PLAIN, UPPER, *sets}:
+        known = ", ".join((*PLAIN, *sets, UPPER))
+        raise InputError(
+            f"--arms {' '.join(sorted(unknown))}: no such arm; there are {known} (give sets as --fake NAME=DIR)"
+        )
+    if UPPER in args.arms and not args.extra_real:
+        raise InputError("arm real_upper: needs further real images; give their manifest as --extra_real")
+    if not all(0 <= share < 1 for share in args.share):
+        raise InputError(f"--share {args.share[0]}: must be at least 0 and below 1")
+    if not all(0 < share <= 1 for share in args.real_share):
+        raise InputError(f"--real_share {args.real_share}: must be above 0 and at most 1")
+    if min(args.amounts, default=1) < 1:
+        raise InputError(f"--amounts {args.amounts}: must be 1 or more images a class; the arm oversampling has none")
+    if args.folds is not None and args.folds < 1:
+        raise InputError(f"--folds {args.folds}: must be 1 or more; leave it out to use the splits")
+    if not (args.seeds and args.real_share):
+        raise InputError("--seeds and --real_share: give at least one value each")
+    return args
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    args = _parser().parse_args(argv)
-    arms = args.arms or [arm for arm in ARMS if arm != "real_upper" or args.extra_real]
-    if "real_upper" in arms and not args.extra_real:
-        raise InputError("arm real_upper: needs further real images; give their manifest as --extra_real")
-    if not 0 <= args.synthetic_share < 1:
-        raise InputError(f"--synthetic_share {args.synthetic_share}: must be at least 0 and below 1")
+    args = parse(argv)
+    shard = runs.parse_shard(args.shard)
     recipe = Recipe(args.model, args.weights, args.max_train_steps, args.train_batch_size, args.learning_rate)
-    knowledge = Knowledge.load(args.knowledge)
-    real, fake = manifests.read(args.real, knowledge), manifests.read(args.fake, knowledge)
-    extra = manifests.read(args.extra_real, knowledge).select(split="train") if args.extra_real else None
-    refuse_leakage(real, fake, extra)
-    data = load(args, real, fake, extra)
-    for arm in arms:
-        groups_of(arm, data, args.synthetic_share)
+    folds: list[int | None] = [None] if args.folds is None else list(range(args.folds))
+    sources = {fold: read_sources(args, fold) for fold in folds}  # every fold is checked before the first training
+    classes = check_classes(args, sources)
+    study = Study(
+        folder=Path(args.output).parent,
+        recipe=recipe,
+        image_size=args.image_size,
+        policy=args.policy,
+        shares=args.share,
+        rare=rare_classes(args, sources[folds[0]].real, classes),
+        negative=args.negative,
+        save_models=args.save_models,
+    )
+    work = list(trials(args.arms, args.tasks, args.seeds, folds, args.amounts or [None], args.real_share))
+    first = train(study, work, sources, classes, shard, args.dry_run)
     if args.dry_run:
-        print(f"{json.dumps(counts(data))}: fine; arms {', '.join(arms)}; nothing trained")
+        print(f"{json.dumps(counts(first))}: fine; {len(work)} trainings of {', '.join(args.arms)}; nothing trained")
         return
-    results = {arm: [scores_of(arm, seed, data, recipe, args) for seed in args.seeds] for arm in arms}
-    write_scores(Path(args.output).parent / "scores.csv", results, data)
-    report: dict[str, Any] = {
-        "command": f"python -m eval.classify {shlex.join(sys.argv[1:] if argv is None else argv)}",
-        "settings": recipe.settings() | {"image_size": args.image_size, "synthetic_share": args.synthetic_share},
-        "interval": f"95 %, bootstrap over the patients of the test split, {args.resamples} resamples",
-        "selection": "valid macro AUC" if data.valid is not None else "last step: there is no split 'valid'",
-        "n": counts(data),
-        "patients_test": len({row.patient_id or row.file_name for row in data.test_rows.rows}),
-        "arms": summarise(results, data, args),
-    }
-    if not args.no_realism:
-        report["real_vs_synthetic"] = realism_of(real, fake.select(labels=data.classes), data, recipe, args)
-    write_json(args.output, report)
+    tested = [name for name in sources[folds[0]].fakes if name in args.arms and not args.no_realism]
+    real_vs = {name: c2st(args, study, sources[folds[0]], first, name) for name in tested[shard[0] :: shard[1]]}
+    if left := [trial.name for trial in work if not study.is_done(trial)]:
+        print(f"{len(left)} of {len(work)} trainings are not there yet, such as {left[0]}; the report waits for them")
+        return
+    real_vs |= {name: c2st(args, study, sources[folds[0]], first, name) for name in tested if name not in real_vs}
+    command = f"python -m eval.classify {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    report = report_of(args, study, work, first, real_vs)
+    write_json(args.output, {"command": command} | report)
     for arm, entry in report["arms"].items():
-        figures = {name: value for name, value in entry.items() if isinstance(value, dict)}
+        shown = {name: entry[name] for name in entry if name.startswith(("auc ", "macro_auc"))}
         print(
-            f"{arm}: "
-            + ", ".join(f"{k} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for k, v in figures.items())
+            f"{arm}: " + ", ".join(f"{k} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for k, v in shown.items())
         )
 
 
+def train(
+    study: Study,
+    work: Sequence[Trial],
+    sources: dict[int | None, Sources],
+    classes: list[str],
+    shard: tuple[int, int],
+    dry_run: bool,
+) -> Data:
+    """Make what this shard lacks of the work, one fold after the other; returns the images of the first fold."""
+    first: Data | None = None
+    for fold, of_fold in sources.items():
+        data = load(of_fold, classes, study.image_size)
+        first = first or data
+        mine = [trial for trial in work if trial.fold == fold]
+        settings = runs.refuse_changes(study, mine, data)
+        for trial in [] if dry_run else mine[shard[0] :: shard[1]]:
+            if not study.is_done(trial):
+                runs.run(study, trial, data, settings[trial])
+    assert first is not None
+    return first
+
+
+def check_classes(args: argparse.Namespace, sources: dict[int | None, Sources]) -> list[str]:
+    """The classes, which must be the same in every fold and hold those that flags name."""
+    order = list(Knowledge.load(args.knowledge).subtypes)
+    found = [classes_of(of.real, order) for of in sources.values()]
+    if any(classes != found[0] for classes in found):
+        raise InputError(f"{args.real}: the folds' training rows differ in their classes: {found}")
+    if len(args.share) > 1 and not all(of.real.select(split="valid").rows for of in sources.values()):
+        raise InputError(f"--share auto: {args.real} has no split 'valid' to choose on; give a share")
+    for task in args.tasks:
+        if task != ALL and (task not in found[0] or task == args.negative or args.negative not in found[0]):
+            raise InputError(f"--tasks {task} against --negative {args.negative}: must be two of {', '.join(found[0])}")
+    return found[0]
+
+
+def report_of(
+    args: argparse.Namespace, study: Study, work: Sequence[Trial], data: Data, real_vs: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The report, from saved scores, and scores.csv."""
+    saved = [read_json(study.path(trial)) for trial in work]
+    runs.write_table(study.folder / "scores.csv", saved)
+    found = [figures.read_run(one) for one in saved]
+    patients = {(run.fold, patient) for run in found for patient in run.test.patients}
+    settings = study.recipe.settings() | {"image_size": study.image_size, "policy": study.policy, "share": study.shares}
+    settings |= {"rare": study.rare, "negative": study.negative, "folds": args.folds, "seeds": args.seeds}
+    drawn_from = "the patients of the test split and over training seeds"
+    return {
+        "settings": settings | {"resamples": args.resamples, "tasks": args.tasks},
+        "interval": f"95 %, bootstrap over {drawn_from}, {args.resamples} resamples",
+        "selection": "valid macro AUC" if data.valid is not None else "last step: there is no split 'valid'",
+        "threshold": "Youden's index on valid" if data.valid is not None else "0.5: there is no split 'valid'",
+        "n": counts(data),
+        "patients_test": len(patients),
+        "runs": [trial.name for trial in work],
+        **figures.summarise(found, args.negative, args.resamples),
+        "real_vs_synthetic": {name: one | {"text": looks(name, one, study, data)} for name, one in real_vs.items()},
+    }
+
+
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_main(main))

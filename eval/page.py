@@ -1,24 +1,17 @@
 """The report's page: plain HTML with its pictures inside, readable without a network or a script."""
 
-import base64
-import html
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from eval import charts
-from eval.results import PICTURE, ROOT, Results, headline, roc_curves
+from eval.benefit import benefit_section, class_of
+from eval.html import bracket, cell, escape, image, made_by, number, section, table
+from eval.results import PICTURE, ROOT, Results, headline
 from tiger.conditions import read_gray, read_mask
 from tiger.manifest import Manifest, Row
 
-ARM_NAMES = {
-    "none": "real images as they are",
-    "oversampling": "oversampling",
-    "tiger_f": "Tiger-F",
-    "real_upper": "further real images",
-}
 CONTROLS = {
     "mask_iou": "IoU of the requested mask with the nodule found in the image",
     "sobel_correlation": "correlation of the requested Sobel map with the image's own",
@@ -112,7 +105,7 @@ def cards(results: Results) -> str:
     shown: list[tuple[Mapping[str, float], str, str]] = []  # estimate, what it is, output that it comes from
     if results.classify:
         tasks, training = headline(results.classify), results.classify["n"]["train"]
-        for task in sorted(tasks, key=lambda task: training[task.split(" vs ")[1]])[:2]:
+        for task in sorted(tasks, key=lambda task: training[class_of(task)])[:2]:
             arms = tasks[task]
             if {"tiger_f", "oversampling"} <= arms.keys():
                 theirs = number(arms["oversampling"]["value"])
@@ -128,103 +121,6 @@ def cards(results: Results) -> str:
         for estimate, text, output in shown
     )
     return f'<div class="cards">{"".join(boxes)}</div>'
-
-
-def benefit_section(results: Results) -> str:
-    """AUC of every arm on every task."""
-    report = results.classify
-    if report is None:
-        return ""
-    tasks = headline(report)
-    titles = {task: task.replace(" vs ", " against ") for task in tasks}
-    arms = {arm: ARM_NAMES[arm] for arm in report["arms"]}
-    head = ["arm", *map(escape, titles.values()), "all classes (macro)", "balanced accuracy"]
-    names = [*(f"auc {task}" for task in tasks), "macro_auc", "balanced_accuracy"]
-    estimates = {
-        title: {arms[arm]: bounds(entry) for arm, entry in tasks[task].items()} for task, title in titles.items()
-    }
-    values = [[escape(arms[arm]), *(cell(of[name]) for name in names)] for arm, of in report["arms"].items()]
-    gains = [
-        [escape(arms[arm]), *(cell(of[name]["minus_oversampling"]) for name in names)]
-        for arm, of in report["arms"].items()
-        if all("minus_oversampling" in of[name] for name in names)
-    ]
-    settings = report["settings"]
-    seeds = len(next(iter(report["arms"].values()))["seeds"])
-    text = (
-        f"Test figures of {settings['model']} on images of {settings['image_size']} px, trained from "
-        f"{'ImageNet' if settings['weights'] else 'scratch'} for {settings['max_train_steps']:,} steps in every arm, "
-        f"{'one training seed' if seeds == 1 else f'mean of {seeds} training seeds'}. AUC is between the two classes "
-        f"named. Below each value, its interval: {report['interval']}. It covers the choice of test patients, not that "
-        f"of the training seed. Tiger-F puts {settings['synthetic_share']:.0%} synthetic images into every class of "
-        f"each batch; all arms but the first draw each class equally often.{real_upper_text(report)}"
-    )
-    return section(
-        "benefit",
-        "Does a classifier learn the rare classes better?",
-        f"<p>{escape(text)} {made_by(results, 'classify')}</p>",
-        image(
-            charts.interval_chart(estimates, "test AUC"),
-            "AUC with its 95 % interval, by arm.",
-            f"Chart of test AUC with intervals, one panel each for {', '.join(titles.values())}",
-        ),
-        table(head, values),
-        "<h3>Difference to oversampling</h3>" + table(head, gains) if gains else "",
-        roc_figure(results, titles, arms),
-        "<h3>Number of images</h3>" + pools_table(report["n"]),
-        realism_text(report),
-    )
-
-
-def real_upper_text(report: Mapping[str, Any]) -> str:
-    """How many further real images there are, and how often they are drawn, which is not as often as synthetic ones."""
-    if "real_upper" not in report["arms"]:
-        return ""
-    real, synthetic, extra = (report["n"][pool] for pool in ("train", "synthetic", "extra_real"))
-    shares = ", ".join(f"{n / (n + real[label]):.0%} of {label}" for label, n in extra.items())
-    fewer = ", ".join(f"{label} {n} of {synthetic[label]}" for label, n in extra.items() if n < synthetic[label])
-    count = f"fewer than synthetic ones ({fewer})" if fewer else "as many as synthetic ones"
-    return (
-        f" Further real images are {count}. Each is drawn as often as any other real one of its class, so they make up "
-        f"{shares} in a batch, where Tiger-F's share is fixed."
-    )
-
-
-def roc_figure(results: Results, titles: Mapping[str, str], arms: Mapping[str, str]) -> str:
-    """ROC curves of every task and arm."""
-    scores = results.folder / "classify" / "scores.csv"
-    if not scores.is_file():
-        return ""
-    curves = roc_curves(scores, titles)
-    named = {titles[task]: {arms[arm]: curve for arm, curve in of.items()} for task, of in curves.items()}
-    caption = f"ROC on the test split. {made_by(results, 'classify')}"
-    return image(charts.roc_chart(named), caption, f"ROC curves of every arm for {', '.join(named)}")
-
-
-def pools_table(pools: Mapping[str, Mapping[str, int]]) -> str:
-    """Images of each class in each pool and split."""
-    names = {"train": "real, train", "valid": "real, valid", "test": "real, test", "extra_real": "further real, train"}
-    classes = list(pools["train"])
-    rows = [
-        [names.get(pool, pool), *(number(n[label]) for label in classes)]
-        for pool, n in pools.items()
-        if any(n.values())
-    ]
-    return table(["images", *map(escape, classes)], rows)
-
-
-def realism_text(report: Mapping[str, Any]) -> str:
-    """The classifier two-sample test."""
-    if "real_vs_synthetic" not in report:
-        return ""
-    entry = report["real_vs_synthetic"]
-    text = (
-        f"{entry['model']} on images of {entry['image_size']} px, trained for {entry['max_train_steps']:,} steps on "
-        f"{entry['n_train']:,} images, half of them synthetic, tells them apart with an AUC of "
-        f"<b>{number(entry['auc'])}</b> <small>{bracket(entry)}</small> on {entry['n_test']:,} others; 0.5 would be "
-        "perfect realism."
-    )
-    return f"<h3>Can synthetic images be told from real ones?</h3><p>{text}</p>"
 
 
 def control_section(results: Results) -> str:
@@ -435,67 +331,3 @@ def tiles(manifest: Manifest, rows: Iterable[Row], column: str) -> list[charts.T
     """The images of one column, each TILE px wide and high."""
     read = read_mask if column == "condition_fg" else read_gray
     return [read(manifest.file(row, column), TILE) for row in rows]
-
-
-def section(anchor: str, title: str, *parts: str) -> str:
-    """A heading with what follows it."""
-    body = "\n".join(part for part in parts if part)
-    return f'<section>\n<h2 id="{anchor}">{escape(title)}</h2>\n{body}\n</section>\n'
-
-
-def image(png: bytes, caption: str, alt: str, pixels: bool = False) -> str:
-    """A picture with its caption (HTML), and a text for those who do not see it. pixels: keep the pixels sharp."""
-    kind = ' class="pixels"' if pixels else ""
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return f'<figure{kind}><img alt="{escape(alt)}" src="{source}"><figcaption>{caption}</figcaption></figure>'
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of HTML cells."""
-    lines = [row_of("th", head), *(row_of("td", row) for row in rows)]
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
-
-
-def row_of(tag: str, cells: Sequence[str]) -> str:
-    """One line of a table."""
-    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
-
-
-def made_by(results: Results, output: str) -> str:
-    """A link to the command that made a figure."""
-    titles = {entry["output"]: entry["title"] for entry in (*results.commands, *results.shipped)}
-    if output not in titles:
-        return ""
-    name = re.split("[:,]", titles[output])[0]
-    return f'<a class="command" href="#made-{escape(output)}">{escape(name)}</a>'
-
-
-def bounds(entry: Mapping[str, float]) -> charts.Estimate:
-    """(value, low, high)"""
-    return entry["value"], entry["low"], entry["high"]
-
-
-def bracket(entry: Mapping[str, float]) -> str:
-    """[0.750, 0.840]"""
-    return f"[{number(entry['low'])}, {number(entry['high'])}]"
-
-
-def cell(entry: Mapping[str, float], *notes: str) -> str:
-    """A value, below it its interval, and below that notes."""
-    return "<br>".join([number(entry["value"]), *(f"<small>{line}</small>" for line in (bracket(entry), *notes))])
-
-
-def number(value: float | None) -> str:
-    """0.12345 -> "0.123", 0.00012 -> "1.20e-04", 123.45 -> "123.5", 12345 -> "12,345"; a dash for what has no value."""
-    if value is None or value != value:
-        return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if abs(value) >= 100:
-        return f"{value:,.1f}"
-    return f"{value:.3f}" if value == 0 or abs(value) >= 0.005 else f"{value:.2e}"
-
-
-def escape(text: Any) -> str:
-    """Text -> HTML."""
-    return html.escape(str(text))

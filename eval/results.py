@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from sklearn.metrics import roc_curve
 
 from tiger import manifest as manifests
 from tiger.errors import InputError
@@ -156,26 +154,6 @@ def headline(classify: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     tasks: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for arm, metrics in classify["arms"].items():
         for name, value in metrics.items():
-            if name.startswith("auc "):
+            if name.startswith("auc ") and " vs " in name:
                 tasks[name.removeprefix("auc ")][arm] = value
     return dict(tasks)
-
-
-def roc_curves(path: Path, tasks: Iterable[str]) -> dict[str, dict[str, Curve]]:
-    """task "a vs b" -> arm -> (false, true positive rates) on the test split, from a scores.csv.
-
-    Scores are p_b / (p_a + p_b) as in `eval.classify`, averaged over seeds.
-    """
-    scores = pd.read_csv(path)
-    curves: dict[str, dict[str, Curve]] = {}
-    for task in tasks:
-        negative, positive = task.split(" vs ")
-        of_task = scores[scores.label.isin([negative, positive])]
-        p, n = of_task[f"p_{positive}"], of_task[f"p_{negative}"]
-        of_task = of_task.assign(score=p / np.maximum(p + n, 1e-12))
-        curves[task] = {}
-        for arm, of_arm in of_task.groupby("arm", sort=False):
-            images = of_arm.groupby(["file_name", "label"], as_index=False).score.mean()
-            fpr, tpr, _ = roc_curve(images.label == positive, images.score)
-            curves[task][str(arm)] = (fpr.tolist(), tpr.tolist())
-    return curves

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 CONFIDENCE = 0.95
-_Z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
+Z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))  # half the width of an interval, in standard deviations
 
 
 def auc(y: ArrayLike, s: ArrayLike) -> float:
@@ -34,11 +34,15 @@ def _binary(y: ArrayLike) -> NDArray[np.bool_]:
     return y
 
 
-def _placements(y: NDArray[np.bool_], s: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def placements(y: NDArray[np.bool_], s: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """DeLong's structural components (V10 for each positive, V01 for each negative), by midranks.
 
-    Sun & Xu, IEEE Signal Processing Letters 21(11):1389, 2014, algorithm 1.
+    Sun & Xu, IEEE Signal Processing Letters 21(11):1389, 2014, algorithm 1. Several columns of scores, (N, K), give
+    the components of their mean AUC.
     """
+    if s.ndim == 2:
+        v10, v01 = zip(*(placements(y, column) for column in s.T), strict=True)
+        return np.mean(v10, axis=0), np.mean(v01, axis=0)
     positive, negative = s[y], s[~y]
     ranks = stats.rankdata(s)
     v10 = (ranks[y] - stats.rankdata(positive)) / len(negative)
@@ -46,29 +50,77 @@ def _placements(y: NDArray[np.bool_], s: NDArray[np.float64]) -> tuple[NDArray[n
     return v10, v01
 
 
-def _mean_variance(components: NDArray[np.float64]) -> float:
-    return float(components.var(ddof=1) / len(components)) if len(components) > 1 else math.nan
+def clustered_variance(
+    y: NDArray[np.bool_], v10: NDArray[np.float64], v01: NDArray[np.float64], groups: ArrayLike | None
+) -> float:
+    """Variance of mean(v10) = mean(v01), an AUC or a difference of two, whose cases come in groups (patients).
+
+    Obuchowski, Biometrics 53:567, 1997, equation 3. With a group a case it is DeLong's. nan where all positives, or all
+    negatives, are of one group.
+    """
+    _, index = np.unique(np.arange(len(y)) if groups is None else np.asarray(groups), return_inverse=True)
+    of_positives = np.bincount(index[y], v10 - v10.mean(), minlength=index.max() + 1)  # (groups,) sums
+    of_negatives = np.bincount(index[~y], v01 - v01.mean(), minlength=index.max() + 1)
+    with_positives, with_negatives = len(np.unique(index[y])), len(np.unique(index[~y]))
+    if min(with_positives, with_negatives) < 2:
+        return math.nan
+
+    def part(a: NDArray, b: NDArray, count: int) -> float:
+        return count / (count - 1) * float(a @ b)
+
+    m, n = len(v10), len(v01)
+    return (
+        part(of_positives, of_positives, with_positives) / m**2
+        + part(of_negatives, of_negatives, with_negatives) / n**2
+        + 2 * part(of_positives, of_negatives, len(of_positives)) / (m * n)
+    )
 
 
-def delong_ci(y: ArrayLike, s: ArrayLike) -> tuple[float, float, float]:
-    """(AUC, low, high): DeLong, DeLong & Clarke-Pearson 1988, normal interval cut to [0, 1] as in R's pROC."""
-    y, s = _binary(y), np.asarray(s, float)
-    v10, v01 = _placements(y, s)
+def delong_ci(y: ArrayLike, s: ArrayLike, groups: ArrayLike | None = None) -> tuple[float, float, float]:
+    """(AUC, low, high): DeLong, DeLong & Clarke-Pearson 1988, normal interval cut to [0, 1] as in R's pROC.
+
+    Args:
+        s: (N,) scores, or (N, K) for the mean AUC of K classifiers.
+        groups: the patient of each case; without it every case is a patient of its own.
+    """
+    y = _binary(y)
+    v10, v01 = placements(y, np.asarray(s, float))
     value = float(v10.mean())
-    margin = _Z * math.sqrt(_mean_variance(v10) + _mean_variance(v01))
+    margin = Z * math.sqrt(clustered_variance(y, v10, v01, groups))
     return value, max(0.0, value - margin), min(1.0, value + margin)
 
 
-def delong_test(y: ArrayLike, s1: ArrayLike, s2: ArrayLike) -> tuple[float, float]:
-    """(z, two-sided p) of AUC(s1) - AUC(s2) on the same cases. Two equal curves give (0, 1)."""
+def delong_difference(
+    y: ArrayLike, s1: ArrayLike, s2: ArrayLike, groups: ArrayLike | None = None
+) -> tuple[float, float]:
+    """(difference, its variance) of AUC(s1) - AUC(s2) on the same cases. See delong_ci for the arguments."""
     y = _binary(y)
-    first, second = (_placements(y, np.asarray(s, float)) for s in (s1, s2))
-    difference = float(first[0].mean() - second[0].mean())
-    variance = sum(_mean_variance(a - b) for a, b in zip(first, second, strict=True))
+    first, second = (placements(y, np.asarray(s, float)) for s in (s1, s2))
+    v10, v01 = (a - b for a, b in zip(first, second, strict=True))
+    return float(v10.mean()), clustered_variance(y, v10, v01, groups)
+
+
+def delong_test(y: ArrayLike, s1: ArrayLike, s2: ArrayLike, groups: ArrayLike | None = None) -> tuple[float, float]:
+    """(z, two-sided p) of AUC(s1) - AUC(s2) on the same cases. Two equal curves give (0, 1)."""
+    return z_test(*delong_difference(y, s1, s2, groups))
+
+
+def z_test(value: float, variance: float) -> tuple[float, float]:
+    """(z, two-sided p) that a normal estimate of this variance is of 0; nan where there is no variance to tell."""
     if variance == 0:
-        return (0.0, 1.0) if difference == 0 else (math.copysign(math.inf, difference), 0.0)
-    z = difference / math.sqrt(variance)
+        return (0.0, 1.0) if value == 0 else (math.copysign(math.inf, value), 0.0)
+    z = value / math.sqrt(variance)
     return z, float(2 * stats.norm.sf(abs(z)))
+
+
+def holm(p: ArrayLike) -> NDArray[np.float64]:
+    """p-values of one family adjusted by Holm's step-down method (Scand. J. Statist. 6:65, 1979); nan stays nan."""
+    p = np.asarray(p, float)
+    adjusted = np.full(len(p), math.nan)
+    order = [i for i in np.argsort(p, kind="stable") if not math.isnan(p[i])]
+    steps = p[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return adjusted
 
 
 def hosmer_lemeshow(y: ArrayLike, p: ArrayLike, groups: int = 10) -> tuple[float, float]:
@@ -89,8 +141,8 @@ def wilson_ci(k: int, n: int) -> tuple[float, float]:
     """Wilson's score interval of k successes in n (1927; Newcombe 1998, method 3)."""
     if not 0 <= k <= n or n == 0:
         raise ValueError(f"need 0 ≤ k ≤ n and n > 0, got k = {k}, n = {n}")
-    centre = (k + _Z**2 / 2) / (n + _Z**2)
-    margin = _Z / (n + _Z**2) * math.sqrt(k * (n - k) / n + _Z**2 / 4)
+    centre = (k + Z**2 / 2) / (n + Z**2)
+    margin = Z / (n + Z**2) * math.sqrt(k * (n - k) / n + Z**2 / 4)
     return max(0.0, centre - margin), min(1.0, centre + margin)
 
 

@@ -9,8 +9,13 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.commands import launch as accelerate_launch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 
 from tiger.errors import run
 
@@ -58,3 +63,26 @@ def process(main: Main, argv: list[str], rank: int, world: int, port: int, logs:
     torch.set_num_threads(1)
     prepare(rank)
     sys.exit(run(main, argv))
+
+
+def shard(config: Path) -> None:
+    """Have this process share out what it trains, as an FSDP config of accelerate says; for a `prepare`.
+
+    accelerate shards over accelerators only. torch does over CPUs too, so accelerate is told that it has one.
+    """
+    parser = accelerate_launch.launch_command_parser()
+    args, *_ = accelerate_launch._validate_launch_command(parser.parse_args(["--config_file", str(config), "script"]))
+    env = accelerate_launch.prepare_multi_gpu_env(args)
+    os.environ |= {name: value for name, value in env.items() if "FSDP" in name}
+    start = Accelerator.__init__
+
+    def start_sharded(self: Accelerator, *args: Any, **options: Any) -> None:
+        start(self, *args, **options)
+        plugin = FullyShardedDataParallelPlugin()
+        if self.mixed_precision != "no":
+            plugin.set_mixed_precision(self.mixed_precision)
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+        for state in (PartialState, AcceleratorState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+
+    Accelerator.__init__ = start_sharded

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from eval_samples import write_dataset
 
-from eval import classifier, classify, realism
-from eval.images import source_patients
+from eval import classifier, classify, features, figures, realism
+from eval.images import load_images, source_patients
+from eval.study import Data, Sources, Trial, classes_of, kept, load
 from tiger import manifest
 from tiger.errors import InputError, run
-from tiger.manifest import Manifest, Row
+from tiger.files import read_json
+from tiger.manifest import Row
 
 CLASSES = ("benign", "PTC", "FTC")
 SMALL = ["--model", "resnet18", "--image_size", "32", "--train_batch_size", "8", "--resamples", "50"]
@@ -38,118 +41,183 @@ def arguments(folders: dict[str, Path], output: Path, *more: str) -> list[str]:
     return [*map(str, given), *SMALL, "--max_train_steps", "2", *more]
 
 
-def make_data(y: list[int], origin: list[int]) -> classify.Data:
-    images = np.arange(len(y) * 4, dtype=np.uint8).reshape(-1, 2, 2)
-    test = (images[:2], np.array([0, 1]))
-    rows = Manifest(Path("m"), ())
-    return classify.Data(["benign", "FTC"], images, np.array(y), np.array(origin), None, test, rows)
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The descriptions of all classifiers trained from here on."""
+    found: list[str] = []
+    train = classifier.train
+
+    def counting(*args, **kwargs):
+        found.append(kwargs["description"])
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(classifier, "train", counting)
+    return found
 
 
-def draws(arm: str, data: classify.Data, share: float = 0.25) -> np.ndarray:
-    """(batches, 8) row indices"""
-    groups = classify.groups_of(arm, data, share)
-    return np.stack([classify.draw_batch(groups, 8, np.random.default_rng([0, i])) for i in range(300)])
-
-
-def test_every_class_gets_the_same_synthetic_share_in_every_batch() -> None:
-    data = make_data(y=[0] * 50 + [1] * 5 + [0] * 10 + [1] * 40, origin=[0] * 55 + [1] * 50)
-    rows = draws("tiger_f", data)
-    y, origin = data.y[rows], data.origin[rows]
-    for label in (0, 1):
-        assert set((y == label).sum(1)) == {4}
-        assert set(((y == label) & (origin == classify.FAKE)).sum(1)) == {1}  # a quarter of four, always
-    assert set(np.unique(rows)) == set(range(105))
-    assert np.array_equal(rows, draws("tiger_f", data))
-
-
-def test_shares_that_do_not_fit_a_batch_are_right_on_average() -> None:
-    data = make_data(y=[0, 0, 1, 1, 0, 1], origin=[0, 0, 0, 0, 1, 1])
-    rows = draws("tiger_f", data, share=0.1)
-    synthetic = data.origin[rows] == classify.FAKE
-    assert set(synthetic.sum(1)) <= {0, 1, 2}
-    for label in (0, 1):
-        assert (synthetic & (data.y[rows] == label)).mean() == pytest.approx(0.05, abs=0.015)
-
-
-def test_arms_draw_from_their_own_images() -> None:
-    data = make_data(y=[0] * 30 + [1] * 10 + [0, 1] * 5 + [0, 1] * 5, origin=[0] * 40 + [1] * 10 + [2] * 10)
-    assert data.y[draws("none", data)].mean() == pytest.approx(0.25, abs=0.03)
-    for arm, origins in (("none", {0}), ("oversampling", {0}), ("tiger_f", {0, 1}), ("real_upper", {0, 2})):
-        rows = draws(arm, data)
-        assert set(np.unique(data.origin[rows])) == origins
-        if arm != "none":
-            assert set((data.y[rows] == 1).sum(1)) == {4}
-
-
-def test_a_class_without_synthetic_images_is_refused() -> None:
-    with pytest.raises(InputError, match="arm tiger_f: no images of class benign"):
-        classify.groups_of("tiger_f", make_data(y=[0, 1, 1], origin=[0, 0, 1]), 0.25)
-
-
-def test_pair_auc_looks_at_the_two_classes_only() -> None:
-    y = np.array([0, 0, 1, 1, 2])
-    p = np.array([[0.6, 0.1, 0.3], [0.2, 0.1, 0.7], [0.3, 0.2, 0.5], [0.1, 0.6, 0.3], [0.0, 0.0, 1.0]])
-    # p1 / (p0 + p1): negatives 1/7, 1/3; positives .4, 6/7
-    assert classify.pair_auc(0, 1)(y, p) == 1.0
-    p[2] = [0.5, 0.2, 0.3]  # 2/7 lies between the negatives
-    assert classify.pair_auc(0, 1)(y, p) == 0.75
-    assert classifier.macro_auc(y[:4], p[:4, :2]) == pytest.approx((0.75 + 1.0) / 2)
-
-
-def test_report_scores_and_reuse(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_scores_and_reuse(folders: dict[str, Path], tmp_path: Path, trained: list[str]) -> None:
     output = tmp_path / "report.json"
-    given = arguments(folders, output, "--extra_real", str(folders["extra"]), "--seeds", "0", "1")
+    given = arguments(folders, output, "--extra_real", str(folders["extra"]), "--seeds", "0,1")
     classify.main(given)
     report = json.loads(output.read_text())
-    assert list(report["arms"]) == list(classify.ARMS)
+    assert list(report["arms"]) == ["none", "oversampling", "tiger_f", "real_upper"]
     assert report["n"]["train"] == {"benign": 20, "PTC": 12, "FTC": 4}
-    assert report["n"]["extra_real"] == report["n"]["synthetic"] == dict.fromkeys(CLASSES, 8)  # equally many
+    assert report["n"]["tiger_f"] == dict.fromkeys(CLASSES, 8)
     assert report["command"].startswith("python -m eval.classify --real ")
     tiger = report["arms"]["tiger_f"]
-    assert set(tiger) >= {"macro_auc", "auc benign vs PTC", "auc benign vs FTC"}
+    assert set(tiger) >= {"macro_auc", "auc benign vs PTC", "auc benign vs FTC", "valid auc benign vs FTC"}
     assert len(tiger["macro_auc"]["per_seed"]) == 2
     assert tiger["macro_auc"]["low"] <= tiger["macro_auc"]["value"] <= tiger["macro_auc"]["high"]
-    assert "minus_oversampling" in tiger["auc benign vs FTC"]
-    realism_figures = report["real_vs_synthetic"]
-    assert realism_figures["n_train"] > 0 and realism_figures["n_test"] > 0
-    assert [realism_figures[name] for name in ("model", "image_size", "max_train_steps")] == ["resnet18", 32, 1]
+    assert len([one for one in report["comparisons"] if one["figure"] == "auc benign vs FTC"]) == 6  # pairs of four
+    looks = report["real_vs_synthetic"]["tiger_f"]
+    assert looks["n_train"] > 0 and looks["n_test"] > 0
+    assert [looks[name] for name in ("model", "image_size", "max_train_steps")] == ["resnet18", 32, 1]
     with open(tmp_path / "scores.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
     assert len(rows) == 4 * 2 * 24
     ours = [row for row in rows if row["arm"] == "tiger_f" and row["seed"] == "1"]
     y = np.array([CLASSES.index(row["label"]) for row in ours])
     p = np.array([[float(row[f"p_{label}"]) for label in CLASSES] for row in ours])
-    assert classifier.macro_auc(y, p) == tiger["macro_auc"]["per_seed"][1]  # tables can be made again from the scores
+    assert classifier.macro_auc(y, p) == pytest.approx(tiger["macro_auc"]["per_seed"][1])
 
-    trained: list[str] = []
-    train = classifier.train
-
-    def counting(*args, **kwargs):
-        trained.append(kwargs["description"])
-        return train(*args, **kwargs)
-
-    monkeypatch.setattr(classifier, "train", counting)
+    trained.clear()
     (tmp_path / "scores" / "tiger_f-seed1.json").unlink()
     classify.main(given)
-    assert trained == ["tiger_f, seed 1"]
+    assert trained == ["tiger_f-seed1"]
     again = json.loads(output.read_text())
-    assert again["arms"] == report["arms"] | {"tiger_f": again["arms"]["tiger_f"]}
-    assert again["real_vs_synthetic"] == report["real_vs_synthetic"]
     assert again["arms"]["tiger_f"]["macro_auc"] == tiger["macro_auc"]  # a training is a function of its seed
+    assert again["comparisons"] == report["comparisons"]
+
     trained.clear()
-    changed = arguments(
-        folders, output, "--arms", "oversampling", "tiger_f", "--synthetic_share", "0.5", "--no_realism"
+    saved = (tmp_path / "scores" / "tiger_f-seed0.json").read_bytes()
+    changed = arguments(folders, output, "--arms", "oversampling", "tiger_f", "--share", "0.5", "--seeds", "0,1")
+    with pytest.raises(InputError, match=r"tiger_f-seed0.json was made with other settings: share was \[0.25\], is"):
+        classify.main(changed)  # the other arm does not depend on the share
+    assert trained == [] and (tmp_path / "scores" / "tiger_f-seed0.json").read_bytes() == saved
+
+
+def test_shards_make_every_training_once(folders: dict[str, Path], tmp_path: Path, trained: list[str]) -> None:
+    output = tmp_path / "report.json"
+    arms = ["none", "oversampling", "mixup", "cutmix", "erasing", "features", "basic"]
+    given = arguments(folders, output, "--no_realism", "--arms", *arms, "--tasks", "all", "FTC")
+    classify.main([*given, "--shard", "1/2"])
+    assert len(trained) == 7 and not output.exists()
+    classify.main([*given, "--shard", "0/2"])
+    assert len(trained) == len(set(trained)) == 14
+    report = json.loads(output.read_text())
+    assert list(report["arms"]) == arms
+    assert {"auc benign vs FTC", "auc benign vs FTC, own net"} <= set(report["arms"]["mixup"])
+    own = read_json(tmp_path / "scores" / "mixup-taskFTC-seed0.json")
+    assert own["classes"] == ["benign", "FTC"] and set(own["test"]["label"]) == {"benign", "FTC"}
+    scores = {arm: read_json(tmp_path / "scores" / f"{arm}-seed0.json")["test"]["probabilities"] for arm in arms}
+    assert len({str(p) for p in scores.values()}) == len(arms)  # every arm does something
+
+
+def test_folds_test_every_patient_once(folders: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "report.json"
+    classify.main(arguments(folders, output, "--arms", "oversampling", "--folds", "3"))
+    parts = [read_json(tmp_path / "scores" / f"oversampling-fold{fold}-seed0.json") for fold in range(3)]
+    tested = [name for part in parts for name in part["test"]["file_name"]]
+    assert sorted(tested) == sorted(row.file_name for row in manifest.read(folders["real"]).rows)
+    for part in parts:
+        assert not set(part["test"]["patient_id"]) & set(part["valid"]["patient_id"])
+    report = json.loads(output.read_text())
+    per_fold = [
+        figures.figures_of(figures.read_run(part), "benign", np.ones((1, len(part["test"]["label"]))), None)
+        for part in parts
+    ]
+    expected = np.mean([found["auc benign vs FTC"][0] for found in per_fold])
+    assert report["arms"]["oversampling"]["auc benign vs FTC"]["value"] == pytest.approx(expected)
+    with pytest.raises(InputError, match="rows derived from valid or test images"):  # the generator has seen them
+        classify.main(arguments(folders, output, "--folds", "3"))
+
+
+def test_amounts_and_shares_of_the_real(folders: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "report.json"
+    given = arguments(folders, output, "--no_realism", "--arms", "oversampling", "tiger_f", "--amounts", "2,4")
+    classify.main([*given, "--real_share", "0.5,1"])
+    report = json.loads(output.read_text())
+    arms = ["oversampling", "tiger_f, 2 a class", "tiger_f, 4 a class"]
+    assert list(report["arms"]) == [f"{arm}, 0.5 of the real" for arm in arms] + arms
+    pairs = {(one["arm"], one["against"]) for one in report["comparisons"]}
+    assert pairs == {(f"{arm}{of}", f"oversampling{of}") for arm in arms[1:] for of in (", 0.5 of the real", "")}
+    with pytest.raises(InputError, match="arm tiger_f: 8 images of class benign, and --amounts asks for 9"):
+        classify.main(arguments(folders, tmp_path / "r.json", "--amounts", "9", "--dry_run"))
+
+
+def test_what_amounts_and_shares_leave(folders: dict[str, Path]) -> None:
+    real, fake, extra = (manifest.read(folders[name]) for name in ("real", "fake", "extra"))
+    data = load(Sources(real, {"tiger_f": fake}, extra), classes_of(real, CLASSES), 32)
+
+    def left(**given) -> dict[str, list[int]]:
+        keep = kept(Trial("all", **{"arm": "tiger_f", "seed": 0} | given), data)
+        return {
+            name: np.bincount(data.y[keep & (data.origin == name)], minlength=3).tolist()
+            for name in ("real", "tiger_f", "extra_real")
+        }
+
+    assert left() == {"real": [20, 12, 4], "tiger_f": [8, 8, 8], "extra_real": [12, 12, 12]}
+    assert left(arm="real_upper")["extra_real"] == [8, 8, 8]  # equally many
+    assert left(arm="real_upper", amount=5)["extra_real"] == [5, 5, 5]
+    assert left(amount=3)["tiger_f"] == [3, 3, 3]
+    assert left(real_share=0.5)["real"] == [10, 6, 2]  # whole patients, of two images each
+    two, four, other = (
+        kept(Trial("all", "tiger_f", seed, amount=amount), data) for seed, amount in ((0, 2), (0, 4), (1, 2))
     )
-    classify.main(changed)
-    assert trained == ["tiger_f, seed 0"]  # the other arm does not depend on the share
+    assert not (two & ~four).any() and (two != other).any()
+    alone = load(Sources(real, {"sd": extra, "tiger_f": fake}, None), data.classes, 32)  # beside other sets
+    again = kept(Trial("all", "tiger_f", 0, amount=2), alone)
+
+    def of_tiger(data: Data, keep: np.ndarray) -> set[bytes]:
+        return {data.keys[i] for i in np.flatnonzero(keep & (data.origin == "tiger_f"))}
+
+    assert len(of_tiger(data, two)) == 6 and of_tiger(data, two) == of_tiger(alone, again)
+
+
+def test_the_share_is_chosen_on_valid(folders: dict[str, Path], tmp_path: Path, trained: list[str]) -> None:
+    given = arguments(folders, tmp_path / "report.json", "--no_realism", "--arms", "oversampling", "tiger_f")
+    classify.main([*given, "--share", "auto"])
+    assert trained == ["oversampling-seed0", *3 * ["tiger_f-seed0"]]
+    found = read_json(tmp_path / "scores" / "tiger_f-seed0.json")
+    of_shares = found["valid_macro_auc_of_shares"]
+    assert found["share"] == float(max(of_shares, key=of_shares.__getitem__))
+    assert found["valid_macro_auc"] == max(of_shares.values())
+
+
+@pytest.mark.parametrize(("policy", "parts"), [("pretrain", 2), ("pooled", 1), ("rare", 1)])
+def test_policies_train(folders: dict[str, Path], tmp_path: Path, trained: list[str], policy: str, parts: int) -> None:
+    output = tmp_path / "report.json"
+    classify.main(arguments(folders, output, "--arms", "tiger_f", "--policy", policy))
+    assert len(trained) == parts + 1
+    report = json.loads(output.read_text())
+    assert report["settings"]["rare"] == ["FTC"]
+    assert "tiger_f" in report["real_vs_synthetic"]["tiger_f"]["text"]
+
+
+def test_a_saved_classifier_is_an_extractor(folders: dict[str, Path], tmp_path: Path, trained: list[str]) -> None:
+    given = arguments(folders, tmp_path / "report.json", "--arms", "oversampling")
+    classify.main(given)
+    classify.main([*given, "--save_models"])
+    classify.main([*given, "--save_models"])
+    assert trained == 2 * ["oversampling-seed0"]
+    folder = tmp_path / "models" / "oversampling-seed0"
+    extractor = features.load_extractor(str(folder))
+    assert "32 px" in extractor.name
+    rows = manifest.read(folders["real"]).select(split="test")
+    probabilities = features.probabilities(extractor(list(load_images(rows, 32))), extractor.head)
+    saved = read_json(tmp_path / "scores" / "oversampling-seed0.json")["test"]["probabilities"]
+    np.testing.assert_allclose(probabilities, saved, atol=1e-4)
+    classify.main(
+        arguments(
+            folders, tmp_path / "more" / "r.json", "--arms", "none", "--weights", str(folder / "model.safetensors")
+        )
+    )
 
 
 def test_a_classifier_learns_and_keeps_its_best_state(folders: dict[str, Path]) -> None:
     recipe = classifier.Recipe(model="resnet18", max_train_steps=24, train_batch_size=12, validations=4)
     real = manifest.read(folders["real"])
-    images = {split: classify.load_images(real.select(split=split), 32) for split in ("train", "test")}
+    images = {split: load_images(real.select(split=split), 32) for split in ("train", "test")}
     y = {s: np.array([CLASSES.index(str(row.label)) for row in real.select(split=s).rows]) for s in images}
     data = images["train"], y["train"]
     test = images["test"], y["test"]
@@ -161,7 +229,7 @@ def test_a_classifier_learns_and_keeps_its_best_state(folders: dict[str, Path]) 
 
 def test_the_state_is_selected_on_valid(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = manifest.read(folders["real"]).select(split="valid")
-    valid = classify.load_images(rows, 32), np.array([CLASSES.index(str(row.label)) for row in rows.rows])
+    valid = load_images(rows, 32), np.array([CLASSES.index(str(row.label)) for row in rows.rows])
     looks: list[tuple[float, np.ndarray]] = []
 
     def scripted(y: np.ndarray, p: np.ndarray, classes: list[int]) -> float:
@@ -220,6 +288,35 @@ def test_leakage_is_refused_by_name(folders: dict[str, Path], tmp_path: Path, wh
         classify.main(arguments(folders, tmp_path / "report.json", *extra))
 
 
+@pytest.mark.parametrize("how", ["same", "copied", "base"])
+def test_a_generator_that_saw_test_rows_is_refused(folders: dict[str, Path], tmp_path: Path, how: str) -> None:
+    """Its config.yaml names what it was trained on, or that of the model it started from does."""
+    data = folders["real"]
+    if how == "copied":  # another set with the same pictures under other names
+        data = tmp_path / "copied"
+        shutil.copytree(folders["real"], data)
+        rows = manifest.read(data).rows
+        for row in rows:
+            (data / row.file_name).rename(data / f"images/x{Path(row.file_name).name}")
+        renamed = [
+            replace(r, file_name=f"images/x{Path(r.file_name).name}", patient_id=f"x{r.patient_id}") for r in rows
+        ]
+        manifest.write(data / "metadata.jsonl", renamed)
+    model, base = tmp_path / "finetune", tmp_path / "pretrain"
+    for folder, split in ((model, "train"), (base, "test")):
+        folder.mkdir()
+        split = "train" if how == "base" and folder == model else "test"
+        text = f"data_dir: {data}\nsplit: {split}\npretrained_model: {base}\nknowledge: thyroid\n"
+        (folder / "config.yaml").write_text(text)
+    fake = spoil(folders["fake"], tmp_path / how, lambda row: replace(row, model=f"{model}@0123456789ab"))
+    with pytest.raises(InputError, match=r"generator .*finetune was trained on patients of valid or test: images/x?P"):
+        classify.main(arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run"))
+    for folder in (model, base):
+        text = (folder / "config.yaml").read_text().replace("split: test", "split: train")
+        (folder / "config.yaml").write_text(text)
+    classify.main(arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run"))
+
+
 def test_a_copy_of_a_test_image_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     extra = write_dataset(tmp_path, {"train": dict.fromkeys(CLASSES, 8)}, seed=3, prefix="E")
     test_image = (folders["real"] / "images" / "P0055.png").read_bytes()
@@ -232,8 +329,15 @@ def test_a_copy_of_a_test_image_is_refused(folders: dict[str, Path], tmp_path: P
     ("more", "message"),
     [
         (["--arms", "real_upper"], "arm real_upper: needs further real images"),
-        (["--synthetic_share", "1.5"], "--synthetic_share 1.5: must be"),
+        (["--arms", "sd"], "--arms sd: no such arm; there are none, oversampling, basic"),
+        (["--share", "1.5"], "--share 1.5: must be"),
         (["--weights", "no.pth"], "no.pth: no such file"),
+        (["--tasks", "MTC"], "--tasks MTC against --negative benign: must be two of benign, PTC, FTC"),
+        (["--rare", "MTC"], "--rare MTC: no such class"),
+        (["--amounts", "0"], "--amounts [0]: must be 1 or more"),
+        (["--real_share", "0"], "--real_share [0.0]: must be above 0"),
+        (["--shard", "2/2"], "--shard '2/2': write k/n"),
+        (["--folds", "2"], "--folds 2: must be from 3"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -260,6 +364,9 @@ def test_local_weights_are_loaded(tmp_path: Path) -> None:
     net = classifier.build(classifier.Recipe(model="resnet18", weights=str(tmp_path / "resnet18.pth")), classes=4)
     assert torch.equal(net.state_dict()["layer3.0.conv1.weight"].cpu(), weights["layer3.0.conv1.weight"])
     assert net.state_dict()["fc.weight"].shape == (4, 512)
+    for recipe in (classifier.Recipe(model="resnet34", weights=str(tmp_path / "resnet18.pth")),):
+        with pytest.raises(InputError, match="resnet18.pth: not a resnet34"):
+            classifier.build(recipe, classes=4)
 
 
 def test_realism_halves_share_no_patient() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tiger.config import FinetuneConfig, PretrainConfig, check_resume, config_text, parse
+from tiger.config import DistillConfig, FinetuneConfig, PretrainConfig, check_resume, config_text, parse
 from tiger.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -57,7 +57,7 @@ def test_a_typo_in_a_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_file_is_read(path):
-    stages = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+    stages = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "distill": DistillConfig}
     stage = stages.get(path.stem.split("-")[0])
     if stage is None:
         pytest.skip("not a training stage's file")

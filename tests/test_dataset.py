@@ -20,6 +20,9 @@ from tiger.dataset import (
     sample_latents,
 )
 from tiger.errors import InputError
+from tiger.knowledge import Knowledge, Placement
+
+THYROID = Knowledge.load("thyroid").placement
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def test_an_item(rows):
 
 
 def test_the_mirrored_half(rows):
-    dataset = TigerDataset(rows, SIDE, with_conditions=True, random_flip=True)
+    dataset = TigerDataset(rows, SIDE, with_conditions=True, random_flip=True, placement=THYROID)
     plain, mirrored = dataset[5], dataset[5 + len(rows.rows)]
     assert len(list(dataset)) == 2 * len(rows.rows)
     for key in ("image", "mask", "sobel"):
@@ -49,7 +52,15 @@ def test_the_mirrored_half(rows):
 
 
 def test_mirrored_words():
-    assert mirror_text("upper pole, left side, middle pole", "longitudinal") == "inferior pole, right side, middle pole"
+    text = "upper pole, left side, middle pole"
+    for plane in ("longitudinal", None):
+        assert mirror_text(text, plane, THYROID) == "inferior pole, right side, middle pole"
+    kidney = Placement(
+        parts=("upper pole", "lower pole"), axis={"longitudinal": "vertical", "transverse": "horizontal"}
+    )
+    assert mirror_text(text, "longitudinal", kidney) == "upper pole, right side, middle pole"
+    assert mirror_text("upper pole", "transverse", kidney) == "lower pole"
+    assert mirror_text(text, None, Placement()) == "upper pole, right side, middle pole"
 
 
 def test_an_epoch_is_a_permutation_and_each_is_another():

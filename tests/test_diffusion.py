@@ -110,6 +110,9 @@ def test_losses_by_hand():
     weighted, _ = diffusion.masked_losses(prediction, goal, mask, weights=torch.tensor([0.5, 2.0]))
     assert weighted.item() == pytest.approx((0.5 * 5 / 2 + 2 * 1) / 2)
     assert diffusion.loss(prediction, goal).item() == pytest.approx(torch.nn.functional.mse_loss(prediction, goal))
+    emphasis = 1 + 2 * mask.repeat_interleave(4, 2).repeat_interleave(4, 3)  # 3 in the nodule, at the image's size
+    expected = ((3 * 5 + 4) / 8 + 3 * 1 / 6) / 2
+    assert diffusion.loss(prediction, goal, emphasis=emphasis).item() == pytest.approx(expected)
 
 
 def test_losses_are_finite_without_a_region():

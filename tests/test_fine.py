@@ -60,6 +60,7 @@ def make_batch(base: train_step.Components) -> dict[str, Any]:
     return {
         "moments": torch.randn(BATCH, 2 * channels, cells, cells, generator=generator),
         "mask": mask,
+        "region": mask,
         "sobel": torch.rand(mask.shape, generator=generator),
         "text": texts, "text_fg": texts, "text_bg": ["more detail"] * BATCH,
     }  # fmt: skip
@@ -218,8 +219,9 @@ def test_compiled_blocks_give_the_same(kind, base):
     batch = make_batch(base)
     expected, got = gradients(plain, batch), gradients(fast, batch)
     assert expected.keys() == got.keys()
+    rounding = 1e-6 * torch.stack([gradient.norm() for gradient in expected.values()]).norm()  # some are nothing else
     for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5)
+        assert (got[name] - gradient).norm() < 1e-3 * gradient.norm() + rounding, name
     assert fast.flops(SIZE.side) == plain.flops(SIZE.side)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -177,6 +178,29 @@ def test_background_loss_over_everything(bases, data, tmp_path):
         return stage.loss(batch, SampleNoise(0, 0, range(4), torch.device("cpu")), 0)[1]["loss_bg"]
 
     assert loss_bg("a", "outside") != loss_bg("b", "full")
+
+
+def test_conditions_and_vocabulary_must_not_change_on_resume(bases, data, tmp_path):
+    """What their names stand for counts, as it does for images (tests/test_pretrain.py)."""
+    rows = shutil.copytree(data, tmp_path / "data")
+    words = tmp_path / "thyroid.yaml"
+    text = (ROOT / "configs" / "knowledge" / "thyroid.yaml").read_text()
+    words.write_text(text)
+    given = {"pretrained_model": bases["tiny"], "data_dir": rows, "output_dir": tmp_path / "out", "knowledge": words}
+    finetune.main(flags(**given, max_train_steps=1))
+    longer = flags(**given, max_train_steps=2, dry_run="true")
+    finetune.main(longer)
+    for column, named in (("condition_fg", "masks"), ("condition_bg", "edge maps")):
+        files = [rows / column / f"{number}.png" for number in (0, 1)]
+        before = files[0].read_bytes()
+        files[0].write_bytes(files[1].read_bytes())
+        with pytest.raises(InputError, match=f"on other inputs: {named} was "):
+            finetune.main(longer)
+        files[0].write_bytes(before)
+    assert "uneven thick halo" in text
+    words.write_text(text.replace("uneven thick halo", "halo of uneven width"))
+    with pytest.raises(InputError, match="terms in the prompts was "):
+        finetune.main(longer)
 
 
 def test_missing_conditions_are_listed(bases, tmp_path):

@@ -24,7 +24,7 @@ def sample(base: train_step.Components) -> dict:
     """A batch of one image."""
     channels, cells = base.unet.config["in_channels"], SIZE.side // 8
     texts = {name: ["solid"] for name in ("text", "text_fg", "text_bg")}
-    conditions = {name: torch.ones(1, 1, SIZE.side, SIZE.side) for name in ("mask", "sobel")}
+    conditions = {name: torch.ones(1, 1, SIZE.side, SIZE.side) for name in ("mask", "region", "sobel")}
     return texts | conditions | {"moments": torch.zeros(1, 2 * channels, cells, cells)}
 
 

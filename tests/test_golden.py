@@ -22,6 +22,7 @@ SETTINGS = {
     "max_train_steps": 5, "train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3,
     "lr_scheduler": "cosine", "lr_warmup_steps": 2, "snr_gamma": 5, "noise_offset": 0.1, "class_balance": 0.5,
     "text_dropout": 0.3, "random_flip": "true", "report_to": "none",
+    "adam_weight_decay": 1,  # or five steps would not show it
 }  # fmt: skip
 FINE = {"fg_dropout": 0.3, "bg_dropout": 0.3, "timestep_sampling": "cubic"}
 

@@ -247,7 +247,7 @@ def test_conditions_with_the_masks_boundary(images: Path, capsys: pytest.Capture
     row = read(images).rows[0]
     assert row.condition_bg == "condition_bg_boundary/0.png"
     edges = np.array(Image.open(images / row.condition_bg))
-    assert (edges[9, 10:20] == 255).all() and (edges[10:20, 9] == 255).all()  # around the square
+    assert (edges[7, 10:20] == 255).all() and (edges[10:20, 7] == 255).all()  # around the square and its rim of 2 px
     assert run(main, argv) == 0
     assert "0 maps written, 12 were there" in capsys.readouterr().out
 

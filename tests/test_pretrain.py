@@ -94,7 +94,7 @@ def refusal(main, **values: object) -> str:
 
 
 def test_what_a_name_stands_for_must_not_change(bases, data, tmp_path, monkeypatch):
-    """The base's weights, the rows and the global batch count, not only how they are called."""
+    """The base's weights, the rows, their files and the global batch count, not only how they are called."""
     base = shutil.copytree(bases["tiny"], tmp_path / "base")
     rows = shutil.copytree(data, tmp_path / "data")
     given = {"pretrained_model": base, "data_dir": rows, "output_dir": tmp_path / "out", "max_train_steps": 1}
@@ -112,6 +112,10 @@ def test_what_a_name_stands_for_must_not_change(bases, data, tmp_path, monkeypat
     (rows / "metadata.jsonl").write_text(text.replace("uneven thick halo", "no halo"))
     assert "training rows was " in refusal(pretrain.main, **longer)
     (rows / "metadata.jsonl").write_text(text)
+    image = (rows / "file_name" / "0.png").read_bytes()
+    (rows / "file_name" / "0.png").write_bytes((rows / "file_name" / "1.png").read_bytes())
+    assert "images was " in refusal(pretrain.main, **longer)
+    (rows / "file_name" / "0.png").write_bytes(image)
     weights = load_file(base / UNET)
     weights["conv_in.bias"] = weights["conv_in.bias"] + 1e-3
     save_file(weights, base / UNET, metadata={"format": "pt"})
@@ -143,6 +147,15 @@ def test_epochs_count_mirrored_images_and_rule_over_steps(bases, data, tmp_path,
     capsys.readouterr()
     train(bases["tiny"], data, tmp_path, **options)
     assert "finished model of step 14: nothing to do" in capsys.readouterr().out
+
+
+def test_lesions_count_more_where_asked(bases, data, tmp_path):
+    for weight in (1, 4):
+        train(bases["tiny"], data, tmp_path / str(weight), max_train_steps=1, lesion_weight=weight, log_steps=1)
+    plain, heavy = (
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["loss"] for name in ("1", "4")
+    )
+    assert plain != pytest.approx(heavy, rel=1e-4)
 
 
 def test_lora_trains_adapters_and_merges_them(bases, data, tmp_path):
@@ -196,10 +209,17 @@ def test_only_the_model_is_uploaded(bases, data, tmp_path, monkeypatch):
     assert folders == parts | {"README.md", "config.yaml", "model_index.json"}
 
 
-def test_sharding_is_refused(bases, data, tmp_path, monkeypatch):
+def test_what_does_not_go_with_sharding_is_refused(bases, data, tmp_path, monkeypatch):
+    given = {"pretrained_model": bases["tiny"], "data_dir": data, "output_dir": tmp_path}
+    with monkeypatch.context() as deepspeed:
+        deepspeed.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        assert "configured for DeepSpeed" in refusal(pretrain.main, **given)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    said = refusal(pretrain.main, pretrained_model=bases["tiny"], data_dir=data, output_dir=tmp_path)
-    assert "accelerate is configured for FSDP" in said
+    assert "does not go with fsdp_version: 1" in refusal(pretrain.main, **given)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert "does not go with --compile" in refusal(pretrain.main, **given, compile="true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    assert "does not go with fsdp_cpu_ram_efficient_loading" in refusal(pretrain.main, **given)
 
 
 def test_a_tracker_that_is_missing_is_named(bases, data, tmp_path, monkeypatch):
@@ -284,6 +304,18 @@ def test_a_patient_in_two_splits_is_refused(bases, tmp_path):
     text = (folder / "metadata.jsonl").read_text()
     (folder / "metadata.jsonl").write_text(text.replace('"P7"', '"P0"'))
     assert "patient P0" in refused(bases["tiny"], folder, tmp_path / "out")
+
+
+def test_a_synthetic_row_made_from_a_held_out_image_is_refused(bases, tmp_path):
+    folder = save_data(tmp_path / "data", 4)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows[1] |= {"synthetic": True, "derived_from": [rows[0]["file_name"], rows[3]["file_name"]]}
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = refused(bases["tiny"], folder, tmp_path / "out")
+    assert "file_name/1.png derives from file_name/3.png, which is in valid: leave the synthetic row out" in said
+    rows[1]["derived_from"].pop()
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(bases["tiny"], folder, tmp_path / "out", dry_run="true")
 
 
 def test_the_script_runs_from_any_folder(bases, data, tmp_path):

@@ -1,7 +1,6 @@
 """The report: every figure of the evaluations is on a page that needs nothing but itself."""
 
 import base64
-import csv
 import io
 import json
 import re
@@ -15,10 +14,11 @@ import pytest
 from eval_samples import write_dataset
 from PIL import Image
 
-from eval import charts, classify, control, quality, report, statistics
+from eval import charts, classify, control, figures, quality, report
+from eval.html import bracket, number
 from eval.judges import AttributeNet, Segmenter, save_judge
-from eval.page import bracket, control_section, number, quality_section
-from eval.results import PICTURE, read_results, roc_curves
+from eval.page import control_section, quality_section
+from eval.results import PICTURE, read_results
 from tiger import manifest
 from tiger.errors import run
 from tiger.files import read_json, write_json
@@ -143,7 +143,8 @@ def test_every_figure_is_on_the_page_and_in_the_json(folder: Path, page: Page) -
     assert (
         figures["headline"]["benign vs FTC"]["tiger_f"] == figures["classify"]["arms"]["tiger_f"]["auc benign vs FTC"]
     )
-    assert number(figures["classify"]["real_vs_synthetic"]["auc"]) in page.text
+    assert number(figures["classify"]["real_vs_synthetic"]["tiger_f"]["auc"]) in page.text
+    assert figures["classify"]["real_vs_synthetic"]["tiger_f"]["text"] in page.text
     assert figures["stages"] == read_json(folder / "commands.json")
     assert figures["training"]["fine training"]["loss fg"] == {"first": 0.5, "last": pytest.approx(1 / 9)}
 
@@ -183,7 +184,9 @@ def test_cards_have_an_interval_a_comparison_and_a_link(folder: Path) -> None:
 def test_text_says_how_far_figures_reach(page: Page) -> None:
     assert "resnet18 on images of 32 px, trained from scratch for 2 steps in every arm" in page.text
     assert "mean of 2 training seeds" in page.text
-    assert "the choice of test patients, not that of the training seed" in page.text
+    assert "It covers the choice of test patients and the seeds" in page.text
+    assert "puts 25% synthetic images into every class of each batch" in page.text
+    assert "Differences between arms" in page.text and "adjusted after Holm" in page.text
     assert "resnet18 on images of 32 px, trained for 1 steps on " in page.text
     assert "Further real images are fewer than synthetic ones (FTC 6 of 12)" in page.text
     assert "60% of benign, 60% of FTC in a batch" in page.text  # 12 of 20 and 6 of 10
@@ -229,18 +232,15 @@ def test_results_of_other_code_are_refused_in_one_line(
     assert "a result lacks 'left_out'" in line
 
 
-def test_roc_curves_have_the_reported_area(folder: Path) -> None:
-    path = folder / "classify" / "scores.csv"
-    curves = roc_curves(path, ["benign vs FTC"])["benign vs FTC"]
-    with open(path, newline="") as file:
-        records = [record for record in csv.DictReader(file) if record["arm"] == "none"]
-    score = {name: [0.0, 0.0] for name in {record["file_name"] for record in records}}
-    for record in records:  # two seeds
-        pair = [float(record["p_FTC"]), float(record["p_benign"])]
-        score[record["file_name"]][0] += pair[0] / sum(pair)
-        score[record["file_name"]][1] = record["label"] == "FTC"
-    area = statistics.auc([y for _, y in score.values()], [s for s, _ in score.values()])
-    assert np.trapezoid(curves["none"][1], curves["none"][0]) == pytest.approx(area)
+def test_curves_have_the_reported_area(folder: Path) -> None:
+    found = read_json(folder / "classify" / "report.json")
+    runs = figures.read_runs(folder / "classify", [name for name in found["runs"] if name.endswith("seed0")])
+    fpr, tpr = figures.roc_curves(runs, "benign")["benign vs FTC"]["none"]
+    of_seed = found["arms"]["none"]["auc benign vs FTC"]["per_seed"][0]
+    assert np.trapezoid(tpr, fpr) == pytest.approx(of_seed)
+    predicted, observed = figures.calibration_curves(runs, "benign")["benign vs FTC"]["none"]
+    assert len(predicted) == 10 and predicted == sorted(predicted)
+    assert sum(observed) > 0 and max(observed) <= 1
 
 
 def test_parts_that_are_missing_are_left_out(folder: Path, tmp_path: Path) -> None:

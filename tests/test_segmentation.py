@@ -128,25 +128,75 @@ def test_train_predict_and_evaluate_offline(tmp_path: Path):
     assert not list((tmp_path / "home").rglob("*ltralytics*"))
     assert scores["test"]["images"] == 3 and scores["valid"]["patients"] == 3
     assert all(0 <= scores[split]["dice"]["low"] <= scores[split]["dice"]["high"] <= 1 for split in ("valid", "test"))
+    told = segmenter("predict", "--data_dir", folder, "--model", model, "--confidence", "0.001")
+    assert told["masks"] + told["without"] == 6
+
+    from safetensors.torch import load_file
+    from torch import equal
+
+    yolo = segmentation.load_start(model)  # what another training goes on from
+    weights = load_file(Path(model) / "model.safetensors")
+    assert yolo.ckpt and all(equal(value, weights[name]) for name, value in yolo.model.state_dict().items())
+    assert segmentation.load_start(segmentation.MODEL).ckpt == {}
+
+
+SETTINGS = {"column": "condition_fg", "model": "a", "threshold": 0.25}
+
+
+class Bright:
+    """A segmenter that takes bright pixels, finds nothing in every other image, and can be stopped."""
+
+    def __init__(self, stop: int | None = None):
+        self.calls, self.stop = 0, stop
+
+    def __call__(self, gray: np.ndarray) -> tuple[np.ndarray, float]:
+        if self.calls == self.stop:
+            raise KeyboardInterrupt
+        self.calls += 1
+        mask = np.where(gray > 130, 255, 0).astype(np.uint8)
+        return (mask * 0, 0.1) if gray[0, 0] % 2 else (mask, 0.9)
 
 
 def test_masks_are_added_where_there_are_none(tmp_path: Path):
     data = data_set(tmp_path)
     before = {row.file_name: row.condition_fg for row in data.rows}
-
-    def segment(gray: np.ndarray) -> tuple[np.ndarray, float]:
-        mask = np.where(gray > 130, 255, 0).astype(np.uint8)
-        return (mask * 0, 0.1) if gray[0, 0] % 2 else (mask, 0.9)
-
-    report = segmentation.add_masks(data, "condition_fg", segment)
-    rows = {row.file_name: row for row in read(tmp_path).rows}
-    assert report["masks"] + report["without"] == len(report["confidence"]) == 6 and report["masks"]
-    for name, row in rows.items():
-        if before[name]:
-            assert row.condition_fg == before[name] and name not in report["confidence"]
+    report = segmentation.add_masks(data, Bright(), SETTINGS)
+    confidence = {line["file_name"]: line["confidence"] for line in segmentation.read_log(tmp_path / "segmenter.jsonl")}
+    assert report["masks"] + report["without"] == len(confidence) == 6 and 0 < report["masks"] < 6
+    for row in read(tmp_path).rows:
+        if before[row.file_name]:
+            assert row.condition_fg == before[row.file_name] and row.file_name not in confidence
         else:
-            assert (row.condition_fg is not None) == (report["confidence"][name] == 0.9)
-    assert json.loads((tmp_path / "segmenter.json").read_text()) == report
+            assert (row.condition_fg is not None) == (confidence[row.file_name] == 0.9)
+            assert row.condition_fg is None or segmentation.read_mask(data.root / row.condition_fg).any()
+
+
+def test_a_stopped_prediction_goes_on(tmp_path: Path):
+    whole, stopped = data_set(tmp_path / "whole"), data_set(tmp_path / "stopped")
+    expected = segmentation.add_masks(whole, Bright(), SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        segmentation.add_masks(stopped, Bright(stop=4), SETTINGS)
+    assert read(stopped.root).rows == stopped.rows  # the manifest names no mask yet
+    log = stopped.root / "segmenter.jsonl"
+    log.write_text(log.read_text() + '{"file_name": "images/2')  # a line that was cut off
+    rest = Bright()
+    report = segmentation.add_masks(read(stopped.root), rest, SETTINGS)
+    assert rest.calls == 2 and report["masks"] == expected["masks"]
+    assert read(stopped.root).rows == read(whole.root).rows
+    assert log.read_bytes() == (whole.root / "segmenter.jsonl").read_bytes()
+
+    again = Bright()
+    segmentation.add_masks(read(whole.root), again, SETTINGS)
+    assert again.calls == 0  # rows in which nothing was found are not looked at again
+    other = Bright()
+    segmentation.add_masks(read(whole.root), other, SETTINGS | {"threshold": 0.1})
+    assert other.calls == expected["without"]
+    old = {row.condition_fg for row in whole.rows}
+    (whole.root / next(row.condition_fg for row in read(whole.root).rows if row.condition_fg not in old)).unlink()
+    write(whole.path, whole.rows)
+    lost = Bright()
+    segmentation.add_masks(read(whole.root), lost, SETTINGS)
+    assert lost.calls == 1  # a mask of the log that is gone is made anew
 
 
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

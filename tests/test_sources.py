@@ -1,5 +1,6 @@
 """Adapters of public data sets, each on a miniature of the published layout, and the generic one."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -321,3 +322,135 @@ def test_folder_on_real_chest_xrays(tmp_path: Path):
     rows = rows_of(tmp_path, "chest_xray")
     assert len(rows) == len(chosen) - 1
     assert {row.label for row in rows.values()} == {"normal", "bacterial pneumonia", "viral pneumonia"}
+
+
+# ------------------------------------------------------------------------------------ tables that `datasets` reads
+
+
+def hugging_face(folder: Path, layout: str) -> None:
+    """Six images inside a table, two of each patient, the last two in a split of their own, as `datasets` writes it."""
+    import datasets
+
+    records = []
+    for i in range(6):
+        record = {"report": ("benign, solid", "PTC, solid")[i % 2], "dx": i % 2, "case": 7 + i // 2, "age": 50.0}
+        for name, pixels in (("scan", speckle(i, 40, 48)), ("outline", mask(5 + i))):
+            save(folder / "pictures" / f"{name}.png", pixels)
+            record[name] = {"bytes": (folder / "pictures" / f"{name}.png").read_bytes(), "path": "picture.png"}
+        records.append(record | ({"outline": None} if i == 3 else {}))
+    features = datasets.Features({
+        "scan": datasets.Image(), "outline": datasets.Image(), "report": datasets.Value("string"),
+        "dx": datasets.ClassLabel(names=["benign", "ca"]), "case": datasets.Value("int64"),
+        "age": datasets.Value("float64"),
+    })  # fmt: skip
+    data = datasets.Dataset.from_list(records, features=features)
+    parts = datasets.DatasetDict({"train": data.select(range(4)), "validation": data.select(range(4, 6))})
+    if layout == "parquet file":
+        data.to_parquet(folder / "in" / "rows.parquet")
+    elif layout == "save_to_disk":
+        parts.save_to_disk(folder / "in")
+    else:
+        for name, part in parts.items():
+            part.to_parquet(folder / "in" / "data" / f"{name}-00000-of-00001.parquet")
+
+
+MAPPED = ("--columns", "image=scan,text=report,mask=outline", "label=dx", "patient_id=case", "--labels", "ca=PTC")
+
+
+@pytest.mark.parametrize("layout", ["parquet file", "parquet parts", "save_to_disk"])
+def test_pictures_inside_a_table(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch):
+    hugging_face(tmp_path, layout)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    table = ("--table", "rows.parquet") if layout == "parquet file" else ()
+    assert build("folder", tmp_path, *table, *MAPPED) == 0
+    rows = list(rows_of(tmp_path, "thyroid").values())
+    assert [(row.label, row.patient_id) for row in rows] == [
+        (label, patient) for patient in "789" for label in ("benign", "PTC")
+    ]
+    splits = [None] * 6 if layout == "parquet file" else ["train"] * 4 + ["valid"] * 2
+    assert [row.split for row in rows] == splits
+    for i, row in enumerate(rows):
+        assert Image.open(tmp_path / "out" / row.file_name).format == "PNG"
+        assert (np.array(Image.open(tmp_path / "out" / row.file_name)) == speckle(i, 40, 48).astype(np.uint8)).all()
+        assert (row.condition_fg is None) == (i == 3)
+        if row.condition_fg:
+            assert (np.array(Image.open(tmp_path / "out" / row.condition_fg)) == mask(5 + i)).all()
+
+
+def image_folder(folder: Path, picture: str = "a/{i}.png") -> None:
+    """Two pictures in each of two splits, with a metadata file beside them that names `picture`."""
+    for part in ("train", "test"):
+        for i in range(2):
+            save(folder / part / "a" / f"{i}.png", speckle(i, 40, 48))
+        lines = [
+            {"file_name": picture.format(i=i), "text": "benign, solid", "patient_id": f"{part} 00{i}"} for i in range(2)
+        ]
+        write_csv(folder / part / "metadata.jsonl", *map(json.dumps, lines))
+
+
+def test_an_image_folder_with_splits(tmp_path: Path):
+    image_folder(tmp_path / "in")
+    assert build("folder", tmp_path) == 0
+    rows = rows_of(tmp_path, "thyroid")
+    assert {name: (row.split, row.patient_id) for name, row in rows.items()} == {
+        f"{part}_a_{i}": (part, f"{part} 00{i}") for part in ("train", "test") for i in range(2)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_table_of_another_kind_beside_the_images(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    import pandas as pd
+
+    save(tmp_path / "in" / "x" / "1.png", speckle(1, 40, 48))
+    save(tmp_path / "in" / "masks" / "x" / "1.png", mask(5))
+    lines = [{"file_name": "x/1.png", "label": "MTC", "patient_id": 3, "plane": None}]
+    path = tmp_path / "in" / f"metadata.{kind}"
+    pd.DataFrame(lines).to_parquet(path) if kind == "parquet" else write_csv(path, json.dumps(lines[0]))
+    monkeypatch.chdir(tmp_path)
+    assert build("folder", Path()) == 0
+    (row,) = rows_of(tmp_path, "thyroid").values()
+    assert (row.file_name, row.condition_fg) == ("images/x_1.png", "condition_fg/x_1.png")
+    assert (row.label, row.patient_id, row.plane) == ("MTC", "3", None)
+
+
+def test_tables_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Nothing outside the folder is opened, whichever way a table names it."""
+    import datasets
+
+    secret = tmp_path / "secret.png"
+    save(secret, speckle(1, 40, 48))
+
+    def said(name: str, *options: str) -> str:
+        assert build("folder", tmp_path / name, *options) == 2
+        return capsys.readouterr().err
+
+    for i, path in enumerate(("../../secret.png", str(secret))):
+        write_csv(tmp_path / f"jsonl{i}" / "in" / "metadata.jsonl", f'{{"file_name": "{path}", "label": "MTC"}}')
+        assert "must be a path inside" in said(f"jsonl{i}")
+        image_folder(tmp_path / f"folder{i}" / "in", path.replace("..", "../..", 1))
+        assert "cannot read it" in said(f"folder{i}")
+    line = {"image": {"bytes": None, "path": str(secret)}, "label": "MTC"}
+    table = datasets.Dataset.from_list([line])
+    table.to_parquet(tmp_path / "named" / "in" / "rows.parquet")
+    assert "must be a path inside" in said("named", "--table", "rows.parquet")
+    table.save_to_disk(tmp_path / "saved" / "in")
+    state = tmp_path / "saved" / "in" / "state.json"
+    state.write_text(state.read_text().replace("data-00000", "../data-00000"))
+    assert "state.json: names '../data-00000" in said("saved")
+
+    line["image"] = {"bytes": b"junk", "path": None}
+    datasets.Dataset.from_list([line]).to_parquet(tmp_path / "junk" / "in" / "rows.parquet")
+    assert "line 2: a picture in the table: cannot be read as an image" in said("junk")
+    for name in ("torn.parquet", "torn.jsonl"):
+        write_csv(tmp_path / name / "in" / name, '{"file')
+        assert "cannot read it" in said(name, "--table", name)
+    (tmp_path / "empty" / "in").mkdir(parents=True)
+    assert "cannot read it" in said("empty")
+    assert "no such file" in said("empty", "--table", "a.parquet")
+    write_csv(tmp_path / "empty" / "in" / "a.txt", "x")
+    assert "give .csv, .parquet, .jsonl or a folder" in said("empty", "--table", "a.txt")

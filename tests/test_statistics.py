@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score, roc_curve
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from eval import statistics
@@ -59,6 +60,46 @@ def test_delong_of_equal_curves() -> None:
     y, s = np.array([0, 0, 1, 1, 0, 1]), np.array([0.1, 0.6, 0.4, 0.9, 0.2, 0.3])
     assert statistics.delong_test(y, s, s) == (0.0, 1.0)
     assert statistics.delong_test(y, s, -s)[0] == -statistics.delong_test(y, -s, s)[0]
+
+
+def test_clustered_delong_is_the_plain_one_where_every_case_is_a_patient(asah: pd.DataFrame) -> None:
+    y, s = poor(asah), asah["ndka"].to_numpy()
+    assert statistics.delong_ci(y, s, np.arange(len(y))) == pytest.approx(statistics.delong_ci(y, s), abs=1e-14)
+    twice = np.repeat(np.arange(len(y)), 2)  # every case twice, known to be: no more certain than once
+    doubled = statistics.delong_ci(np.repeat(y, 2), np.repeat(s, 2), twice)
+    assert doubled == pytest.approx(statistics.delong_ci(y, s), abs=2e-3)
+    assert statistics.delong_ci(np.repeat(y, 2), np.repeat(s, 2))[1] > doubled[1] + 0.02
+
+
+def test_clustered_delong_has_the_spread_of_repeated_samples() -> None:
+    rng = np.random.default_rng(7)
+    patients = np.repeat(np.arange(50), 4)
+    values, variances = [], []
+    for _ in range(300):
+        y = rng.random(200) < 0.4  # a patient has images of both kinds, whose scores share the patient's part
+        s = 0.8 * y + np.repeat(rng.normal(0, 1, 50), 4) + rng.normal(0, 0.5, 200)
+        v10, v01 = statistics.placements(y, s)
+        values.append(v10.mean())
+        variances.append(statistics.clustered_variance(y, v10, v01, patients))
+    assert np.mean(variances) == pytest.approx(np.var(values), rel=0.2)
+
+
+def test_delong_of_several_columns_is_that_of_their_mean_auc() -> None:
+    rng = np.random.default_rng(8)
+    y = rng.random(80) < 0.5
+    s = y[:, None] + rng.normal(size=(80, 3))
+    assert statistics.delong_ci(y, s)[0] == pytest.approx(np.mean([statistics.auc(y, column) for column in s.T]))
+    assert statistics.delong_ci(y, np.stack([s[:, 0]] * 3, 1)) == pytest.approx(statistics.delong_ci(y, s[:, 0]))
+    difference, variance = statistics.delong_difference(y, s[:, 0], s[:, 1])
+    z = difference / math.sqrt(variance)
+    assert statistics.delong_test(y, s[:, 0], s[:, 1]) == pytest.approx((z, 2 * stats.norm.sf(abs(z))))
+
+
+def test_holm_is_that_of_statsmodels() -> None:
+    p = np.array([0.01, 0.04, 0.03, 0.005, 0.5, 0.04])
+    assert statistics.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+    with_gap = statistics.holm([0.01, math.nan, 0.04])
+    assert with_gap[[0, 2]] == pytest.approx([0.02, 0.04]) and math.isnan(with_gap[1])
 
 
 def test_wilson_interval_of_newcombe() -> None:

@@ -31,7 +31,7 @@ def batch_for(base: train_step.Components, mask: float) -> dict[str, Any]:
     with torch.no_grad():
         moments = base.vae.encode(images).latent_dist.parameters
     texts: dict[str, Any] = dict.fromkeys(("text", "text_fg", "text_bg"), TEXTS)
-    return texts | {"image": images, "moments": moments, "mask": masks, "sobel": images[:, :1].abs()}
+    return texts | {"image": images, "moments": moments, "mask": masks, "region": masks, "sobel": images[:, :1].abs()}
 
 
 def noise() -> SampleNoise:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -77,7 +79,9 @@ class ToyStage:
         (folder / "model_index.json").write_text("{}")
 
 
-def fit(output_dir: Path, stage: ToyStage | None = None, **changes: Any) -> bool:
+def fit(
+    output_dir: Path, stage: ToyStage | None = None, accelerator: Accelerator | None = None, **changes: Any
+) -> bool:
     output_dir.mkdir(exist_ok=True)
     options: dict[str, Any] = {
         "max_train_steps": 6, "train_batch_size": 4, "gradient_accumulation_steps": 1, "lr_scheduler": "cosine",
@@ -87,7 +91,7 @@ def fit(output_dir: Path, stage: ToyStage | None = None, **changes: Any) -> bool
     }  # fmt: skip
     data: Any = ToyData()
     return train(
-        Accelerator(cpu=True),
+        accelerator or Accelerator(cpu=True),
         stage or ToyStage(),
         data,
         None,
@@ -231,8 +235,52 @@ def test_an_optimizer_without_a_device_flag_skips_too():
     for optimizer in (torch.optim.SGD([weight], lr=1.0), torch.optim.AdamW([weight], lr=1.0, fused=True)):
         for bad in (1.0, 0.0):
             weight.grad, before = torch.ones(1), weight.item()
-            apply([optimizer], [optimizer], torch.tensor(bad))
+            apply([optimizer], torch.tensor(bad))
             assert (weight.item() == before) == bool(bad)
+
+
+@pytest.fixture
+def fp16() -> Iterator[Accelerator]:
+    """An accelerator with a gradient scaler, which accelerate makes for GPUs alone."""
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16")
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+    yield accelerator
+    AcceleratorState._reset_state(True)
+
+
+def test_with_fp16_a_loss_too_high_changes_nothing_and_leaves_the_scale(tmp_path, fp16, capsys):
+    """The loss is finite, and so are its gradients: the scaler alone would take the step."""
+    options = {"skip_bad_steps": 1, "checkpointing_steps": 1}
+    assert fit(tmp_path, poisoned(10.0, 2), fp16, max_loss=200.0, **options)
+    assert "warning: step 3 went wrong" in capsys.readouterr().err
+    assert same(tmp_path / "checkpoint-2", tmp_path / "checkpoint-3")
+    assert not same(tmp_path / "checkpoint-3", tmp_path / "checkpoint-4")
+    scales = [json.loads((tmp_path / f"checkpoint-{n}" / "scaler.json").read_text())["scale"] for n in (1, 2, 3, 6)]
+    assert scales == [64, 128, 128, 512]  # doubled after every second step without an overflow
+
+
+def test_with_fp16_an_overflow_is_left_to_the_scaler(tmp_path, fp16, capsys):
+    assert fp16.scaler is not None
+    fp16.scaler.load_state_dict(fp16.scaler.state_dict() | {"scale": 2.0**126})
+    assert fit(tmp_path, accelerator=fp16, checkpointing_steps=1)
+    assert "went wrong" not in capsys.readouterr().err
+    assert same(tmp_path / "checkpoint-1", tmp_path / "checkpoint-2")
+    scales = [json.loads((tmp_path / f"checkpoint-{n}" / "scaler.json").read_text())["scale"] for n in (1, 2)]
+    assert scales == [2.0**125, 2.0**124]
+    assert all(line["grad_norm"] < 1e9 for line in read_log(tmp_path))
+
+
+def test_with_fp16_several_optimizers_share_one_scale():
+    """Each takes its gradients unscaled once, and the scale grows once a step."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD([weight], lr=1.0, fused=True) for weight in weights]
+    scaler.scale(sum(weights)).backward()  # type: ignore[arg-type, union-attr]
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    apply(optimizers, torch.zeros(()), scaler)
+    assert [weight.item() for weight in weights] == [-1, -1, -1] and scaler.get_scale() == 128
 
 
 def test_sigterm_saves_and_resume_is_bit_equal(tmp_path):
@@ -302,7 +350,7 @@ def test_the_average_by_hand():
     model = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         model.weight.fill_(0.0)
-    ema = Ema(model, max_decay=0.15)
+    ema = Ema(dict(model.named_parameters()), max_decay=0.15)
     for step, value in enumerate((1.0, 2.0)):
         with torch.no_grad():
             model.weight.fill_(value)

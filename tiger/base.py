@@ -92,7 +92,7 @@ class PerceptualLoss(nn.Module):
 
 def weighted_mean(error: Tensor, weight: Tensor) -> Tensor:
     """Mean of (B, C, h, w) under weights (B, 1, H, W), which are averaged where h, w are smaller."""
-    weight = F.adaptive_avg_pool2d(weight, error.shape[-2:])
+    weight = F.adaptive_avg_pool2d(weight, (error.shape[-2], error.shape[-1]))
     return (error.mean(1, keepdim=True) * weight).sum() / weight.sum()
 
 
@@ -445,7 +445,7 @@ def main(argv: list[str] | None = None) -> None:
     autoencoder.add_argument("--pretrained_vae", type=Path, help="go on from this autoencoder; default: from nothing")
     autoencoder.add_argument("--reconstruction_share", type=float, default=0.8, help="steps before the PatchGAN joins")
     autoencoder.add_argument("--structure_weight", type=float, default=0.0, help="on means of 4x4 pixels")
-    autoencoder.add_argument("--lesion_weight", type=float, default=4.0, help="of pixels in and near a lesion; others: 1")
+    autoencoder.add_argument("--lesion_weight", type=float, default=4.0, help="in and near a lesion; elsewhere 1")
     autoencoder.add_argument("--perceptual_weight", type=float, default=0.2)
     autoencoder.add_argument("--adversarial_weight", type=float, default=0.5, help="relative to the other gradients")
     autoencoder.add_argument("--kl_weight", type=float, default=5e-4)

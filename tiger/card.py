@@ -12,6 +12,8 @@ WHAT = {
     "coarse": "Draws images of an organ from a report's words: a plain Stable Diffusion pipeline.",
     "fine": "Draws images of an organ from a report's words, a lesion mask and a Sobel map of the surroundings: a "
     "frozen Stable Diffusion with two ControlNets and their attentional fusion.",
+    "distilled": "Draws images of an organ from a report's words, a lesion mask and a Sobel map of the surroundings in "
+    "1 to 8 steps, guidance built in: a latent consistency model with two ControlNets and their attentional fusion.",
 }
 USE = {
     "coarse": """from diffusers import DiffusionPipeline
@@ -22,6 +24,11 @@ image = pipe("PROMPT", num_inference_steps=25).images[0]""",
 
 pipe = TigerPipeline.from_pretrained("FOLDER")
 image = pipe(["PROMPT OF THE LESION"], ["PROMPT OF THE REST"], masks=[mask], maps=[sobel_map]).images[0]""",
+    "distilled": """from tiger.pipeline import TigerPipeline
+
+pipe = TigerPipeline.from_pretrained("FOLDER")
+options = {"num_inference_steps": 4, "guidance_scale": 1}
+image = pipe(["PROMPT OF THE LESION"], ["PROMPT OF THE REST"], masks=[mask], maps=[sobel_map], **options).images[0]""",
 }
 
 
@@ -30,10 +37,10 @@ def model_card(
 ) -> str:
     """Markdown with the header that huggingface.co reads.
 
-    stage: "coarse" or "fine". counts: training images of each class. config: the settings as YAML, the commit included.
+    stage: a key of WHAT. counts: training images of each class. config: the settings as YAML, the commit included.
     """
     header: dict[str, Any] = {"library_name": "diffusers", "license": "other", "pipeline_tag": "text-to-image"}
-    header["tags"] = ["medical", "ultrasound", "stable-diffusion", *(["controlnet"] if stage == "fine" else [])]
+    header["tags"] = ["medical", "ultrasound", "stable-diffusion", *([] if stage == "coarse" else ["controlnet"])]
     if not Path(base).expanduser().exists():  # a hub id
         header["base_model"] = base
     classes = ", ".join(f"{label} {count}" for label, count in counts.items())

@@ -128,23 +128,33 @@ def finished_step(output_dir: str | Path) -> int:
     return int(read_json(output_dir / FINISHED)["step"])
 
 
-def save_optimizer(optimizer: "torch.optim.Optimizer", path: str | Path) -> None:
-    """Write an optimizer's state to a safetensors file: tensors as tensors, hyperparameters as JSON in the header."""
+def optimizer_tensors(optimizer: "torch.optim.Optimizer") -> dict[str, "torch.Tensor"]:
+    """An optimizer's state, by the place of the parameter and the name of the value: "12.exp_avg"."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+
+
+def save_optimizer(
+    optimizer: "torch.optim.Optimizer", path: str | Path, tensors: dict[str, "torch.Tensor"] | None = None
+) -> None:
+    """Write an optimizer's state to a safetensors file: tensors as tensors, hyperparameters as JSON in the header.
+
+    tensors: those of `optimizer_tensors`, whole, where the optimizer has only a share of them.
+    """
     from safetensors.torch import save_file
 
-    state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": value.contiguous()
-        for index, values in state["state"].items()
-        for name, value in values.items()
-    }
-    groups = [{key: value for key, value in group.items() if is_plain(value)} for group in state["param_groups"]]
-    save_file(tensors, str(path), metadata={"param_groups": json.dumps(groups)})
+    tensors = optimizer_tensors(optimizer) if tensors is None else tensors
+    groups = optimizer.state_dict()["param_groups"]
+    plain = [{key: value for key, value in group.items() if is_plain(value)} for group in groups]
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    save_file(contiguous, str(path), metadata={"param_groups": json.dumps(plain)})
 
 
 def load_optimizer(optimizer: "torch.optim.Optimizer", path: str | Path) -> None:
     """Read what `save_optimizer` wrote into an optimizer over the same parameters in the same order."""
     from safetensors import safe_open
+
+    from tiger.fsdp import laid_out
 
     state: dict[int, dict[str, Any]] = {}
     with safe_open(str(path), framework="pt") as file:
@@ -159,8 +169,7 @@ def load_optimizer(optimizer: "torch.optim.Optimizer", path: str | Path) -> None
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
             if getattr(value, "shape", None) == parameter.shape and value.dtype == parameter.dtype:
-                # Laid out in memory as the parameter is, or fused kernels mix it up.
-                values[name] = parameter.detach().clone().copy_(value)
+                values[name] = laid_out(value, like=parameter)  # or fused kernels mix it up
 
 
 def is_plain(value: Any) -> bool:

@@ -61,6 +61,7 @@ class CoarseStage:
         *,
         train_text_encoder: bool,
         lora_rank: int | None,
+        lesion_weight: float,
         learning_rate: float,
         weight_decay: float,
         snr_gamma: float | None,
@@ -77,6 +78,7 @@ class CoarseStage:
         self.shown = shown
         self.device = device
         self.lora_rank = lora_rank
+        self.lesion_weight = lesion_weight
         self.snr_gamma = snr_gamma
         self.noise_offset = noise_offset
         self.text_dropout = text_dropout
@@ -110,18 +112,21 @@ class CoarseStage:
         """Mean squared error of the prediction; prompts are dropped at random."""
         return self.losses(self.inputs(batch, noise), step)
 
-    def inputs(self, batch: dict[str, Any], noise: SampleNoise) -> tuple[Noised, torch.Tensor]:
-        """What the model takes, on the device: noised latents, and what stands for the prompts (see `text`)."""
+    def inputs(self, batch: dict[str, Any], noise: SampleNoise) -> tuple[Noised, torch.Tensor, torch.Tensor | None]:
+        """On the device: noised latents, what stands for the prompts (see `text`), and how much each pixel counts."""
         z = noised(
             self.components, to_device(batch["moments"], self.device), noise, self.snr_gamma,
             noise_offset=self.noise_offset,
         )  # fmt: skip
-        return z, self.text(batch["text"], noise.rand() < self.text_dropout)
+        emphasis = None
+        if self.lesion_weight != 1:
+            emphasis = 1 + (self.lesion_weight - 1) * to_device(batch["region"], self.device)
+        return z, self.text(batch["text"], noise.rand() < self.text_dropout), emphasis
 
-    def losses(self, given: tuple[Noised, torch.Tensor], step: int) -> Losses:
+    def losses(self, given: tuple[Noised, torch.Tensor, torch.Tensor | None], step: int) -> Losses:
         """`loss` from tensors alone."""
-        z, text = given
-        loss = diffusion.loss(self.trainable(z.latents, z.timesteps, text), z.target, z.weights)
+        z, text, emphasis = given
+        loss = diffusion.loss(self.trainable(z.latents, z.timesteps, text), z.target, z.weights, emphasis)
         return loss, {"loss": loss.detach()}
 
     def flops(self, side: int) -> float:
@@ -134,7 +139,7 @@ class CoarseStage:
             text = torch.empty(1, MAX_LENGTH, unet["cross_attention_dim"])
             if self.model.text_encoder is not None:
                 text = torch.zeros(1, MAX_LENGTH, dtype=torch.long)
-            return self.losses((Noised(latents, torch.zeros(1).long(), latents, None), text), 0)[0]
+            return self.losses((Noised(latents, torch.zeros(1).long(), latents, None), text, None), 0)[0]
 
         return flops.count(step, [self.model])
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    from tiger.model import DualControlNet
+
 NEEDED = ("vae", "unet", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -28,6 +30,7 @@ class Components:
     scheduler: "DDIMScheduler"  # for sampling, and saved with the model
     noise_schedule: "DDPMScheduler"  # the same for training
     source: str = ""  # the folder or hub id it was loaded from
+    controlnet: "DualControlNet | None" = None  # of a fine-tuned model
 
     def to(self, device: "torch.device") -> None:
         """Move the networks, convolutions in the memory format that is fastest for them."""
@@ -39,7 +42,8 @@ class Components:
     @property
     def networks(self) -> "tuple[torch.nn.Module, ...]":
         """Everything with parameters."""
-        return self.vae, self.unet, self.text_encoder
+        base = self.vae, self.unet, self.text_encoder
+        return base if self.controlnet is None else (*base, self.controlnet)
 
     @property
     def vae_scale_factor(self) -> int:
@@ -78,6 +82,14 @@ def check_base(name: str) -> None:
         raise InputError(
             f"--pretrained_model {name} has two text encoders (SDXL or later); give a base laid out as SD-1.5 or SD-2.1"
         )
+    if is_distilled(folder):
+        raise InputError(f"--pretrained_model {name} was distilled to draw in few steps: give what it was made from")
+
+
+def is_distilled(folder: Path) -> bool:
+    """Whether a diffusers folder holds a student that distill.sh made."""
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    return scheduler.is_file() and read_json(scheduler).get("_class_name") == "LCMScheduler"
 
 
 def describe_folder(folder: Path) -> str:

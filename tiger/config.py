@@ -32,7 +32,7 @@ PATHS = {"pretrained_model", "data_dir"}
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What both stages share.
+    """What all stages share.
 
     Args:
         pretrained_model: base to start from: a local diffusers folder, or a hub id (downloaded only if no such folder)
@@ -55,12 +55,8 @@ class TrainConfig:
         max_loss: a step with a higher loss, or with numbers that are not finite, changes nothing and ends the training
             (predicting zeros would give a loss of about 1)
         skip_bad_steps: such steps are left out, up to this many in a row, before the training ends
-        snr_gamma: min-SNR-gamma weighting of the loss (5 is usual); default: off
-        noise_offset: standard deviation of an offset that the noise of a whole channel gets, for very dark and very
-            bright images (0.1 is usual)
         class_balance: rows are drawn in proportion to (their class's count)^-class_balance: 0 as they come, 1 every
             class equally often
-        text_dropout: probability that a prompt is dropped (trained for classifier-free guidance)
         use_ema: keep a moving average of the weights; it is validated and saved as the model
         ema_decay: upper limit of the average's decay, which rises as (1 + n) / (10 + n) with step n
         seed: data order, noise and dropout are functions of (seed, step, place in the global batch)
@@ -103,10 +99,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     max_loss: float = 100.0
     skip_bad_steps: int = 0
-    snr_gamma: float | None = None
-    noise_offset: float = 0.0
     class_balance: float = 0.0
-    text_dropout: float = 0.1
     use_ema: bool = False
     ema_decay: float = 0.9999
     seed: int = 0
@@ -135,7 +128,7 @@ class TrainConfig:
             require(getattr(self, name) >= 1, name, self, "must be at least 1")
         for name in (
             "lr_warmup_steps", "validation_steps", "text_cache_size", "dataloader_num_workers", "seed",
-            "skip_bad_steps", "noise_offset",
+            "skip_bad_steps",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, name, self, "must not be negative")
         for name in ("learning_rate", "max_grad_norm", "max_loss"):
@@ -144,10 +137,8 @@ class TrainConfig:
         require(
             self.num_train_epochs is None or self.num_train_epochs > 0, "num_train_epochs", self, "must be positive"
         )
-        require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self, "must be positive")
         require(self.resolution is None or self.resolution >= 8, "resolution", self, "must be at least 8 pixels")
         require(0 <= self.class_balance <= 1, "class_balance", self, "must lie in 0..1")
-        require(0 <= self.text_dropout <= 1, "text_dropout", self, "must lie in 0..1")
         require(0 <= self.ema_decay < 1, "ema_decay", self, "must lie in 0..1, below 1")
         if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
             raise InputError("--use_8bit_adam needs bitsandbytes: pip install 'bitsandbytes>=0.50,<1'")
@@ -159,25 +150,51 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig(TrainConfig):
+class DenoisingConfig(TrainConfig):
+    """What the two stages share that learn to predict the noise of noised images.
+
+    Args:
+        snr_gamma: min-SNR-gamma weighting of the loss (5 is usual); default: off
+        noise_offset: standard deviation of an offset that the noise of a whole channel gets, for very dark and very
+            bright images (0.1 is usual)
+        text_dropout: probability that a prompt is dropped (trained for classifier-free guidance)
+    """
+
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    text_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", self, "must be positive")
+        require(self.noise_offset >= 0, "noise_offset", self, "must not be negative")
+        require(0 <= self.text_dropout <= 1, "text_dropout", self, "must lie in 0..1")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(DenoisingConfig):
     """Coarse-Training: the base's U-Net learns to draw images from full prompts.
 
     Args:
         train_text_encoder: also train the text encoder
         lora_rank: train low-rank adapters of the U-Net's attention instead of its weights; they are merged into the
             finished model, and saved beside it; default: off
+        lesion_weight: weight of the error in the nodule and a rim about it, against 1 elsewhere; any but 1 needs masks
+            and maps
     """
 
     train_text_encoder: bool = False
     lora_rank: int | None = None
+    lesion_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.lora_rank is None or self.lora_rank >= 1, "lora_rank", self, "must be at least 1")
+        require(self.lesion_weight > 0, "lesion_weight", self, "must be positive")
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(TrainConfig):
+class FinetuneConfig(DenoisingConfig):
     """Fine-Training: two control encoders and their fusion, on a frozen coarse U-Net.
 
     Args:
@@ -190,7 +207,7 @@ class FinetuneConfig(TrainConfig):
         bg_region: where the background loss is taken: outside the nodule, or everywhere
         timestep_sampling: how often each noise level is trained: all alike, or mostly the high ones, where control
             decides what an image shows: t = (1 - u^3) T
-        blank_nodule: the Sobel map is zeroed in the nodule and a rim about it
+        blank_nodule: the Sobel map is zeroed in the nodule and a rim about it, which the foreground loss then covers
         fg_dropout: probability that an image is trained without its foreground branch
         bg_dropout: probability that an image is trained without its background branch
     """
@@ -215,11 +232,34 @@ class FinetuneConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
+class DistillConfig(TrainConfig):
+    """Step distillation: low-rank adapters of a fine-tuned model's U-Net learn to draw in a few steps.
+
+    Args:
+        lora_rank: rank of the adapters; they are merged into the finished model, and saved beside it
+        guidance_scale: weight of the prompt that the student learns to draw with (1: off). It is one value, as nothing
+            tells the student which: it would learn the average of several
+        solver_steps: the teacher walks the noise schedule in this many DDIM steps, the student jumps along them; must
+            divide the schedule's number of timesteps
+    """
+
+    lora_rank: int = 64
+    guidance_scale: float = 7.5
+    solver_steps: int = 50
+    validation_inference_steps: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lora_rank", "guidance_scale", "solver_steps"):
+            require(getattr(self, name) >= 1, name, self, "must be at least 1")
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
     """Synthesis of labelled images from the prompts, masks and Sobel maps of a training set.
 
     Args:
-        model: folder that finetune.sh wrote
+        model: folder that finetune.sh or distill.sh wrote
         data_dir: the training set (folder with a metadata.jsonl, or that file); only its training rows are used
         output_dir: PNGs and metadata.jsonl go here; the same command makes what is missing
         count: images to make of each class, as FTC=30,MTC=30
@@ -231,7 +271,7 @@ class GenerationConfig:
         knowledge: vocabulary of the organ: a name in configs/knowledge or a YAML file
         branches: both encoders in one pass, one of them alone, or the nodule first and then its surroundings
         steps: sampler steps; ddim wants about 50
-        scheduler: sampler; the paper's is ddim
+        scheduler: sampler; the paper's is ddim; lcm is for models that distill.sh wrote, at 1 to 8 steps
         guidance_scale: weight of the prompt (classifier-free guidance; 1: off)
         guidance_rescale: 0..1, pulls guided predictions back to the spread of unguided ones (arXiv:2305.08891)
         guidance_interval: LOW,HIGH: guide only while the timestep is within these shares of the noise schedule, 0 at
@@ -266,7 +306,7 @@ class GenerationConfig:
     knowledge: str = "thyroid"
     branches: Literal["fused", "fg", "bg", "fg_then_bg"] = "fused"
     steps: int = 20
-    scheduler: Literal["ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
+    scheduler: Literal["ddim", "dpmsolver++", "unipc", "lcm"] = "dpmsolver++"
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
     guidance_interval: str = "0,1"

@@ -17,11 +17,13 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from tiger import conditions
+from tiger import conditions, shards
 from tiger.files import atomic_path
+from tiger.knowledge import Placement
 from tiger.manifest import Manifest, Row, row_weights
 
 SHARD_ROWS = 1024  # images a cache file
+NOWHERE = Placement()  # of an organ whose words name no parts of it
 
 
 class TigerDataset(Dataset[dict[str, Any]]):
@@ -29,11 +31,13 @@ class TigerDataset(Dataset[dict[str, Any]]):
 
     image     (3, H, W) float32 in [-1, 1]; or, once `latents` is set, `moments` (2C, h, w) float32 instead
     mask      (1, H, W) float32, 0 or 1           (with conditions)
+    region    (1, H, W) float32, 0 or 1           (with conditions): where the map is blank
     sobel     (1, H, W) float32 in [0, 1]         (with conditions)
     text, text_fg, text_bg, label: str;  index: int
 
     With random_flip there are twice as many items: the second half is the first half mirrored, encoded and cached like
-    any other image. There are no random crops: an image is encoded once, whole.
+    any other image; `placement` tells which words of the prompts change sides then. There are no random crops: an image
+    is encoded once, whole.
     """
 
     def __init__(
@@ -44,9 +48,11 @@ class TigerDataset(Dataset[dict[str, Any]]):
         with_conditions: bool = False,
         blank_nodule: bool = True,
         random_flip: bool = False,
+        placement: Placement = NOWHERE,
     ):
         self.rows = manifest.rows
         self.random_flip = random_flip
+        self.placement = placement
         self.manifest = manifest
         self.resolution = resolution
         self.with_conditions = with_conditions
@@ -71,7 +77,7 @@ class TigerDataset(Dataset[dict[str, Any]]):
         row = self.row(index)
         texts = {"text": row.text, "text_fg": row.text_fg, "text_bg": row.text_bg}
         if self.mirrored(index):
-            return {name: mirror_text(text, row.plane or "longitudinal") for name, text in texts.items()}
+            return {name: mirror_text(text, row.plane, self.placement) for name, text in texts.items()}
         return texts
 
     def row(self, index: int) -> Row:
@@ -84,16 +90,21 @@ class TigerDataset(Dataset[dict[str, Any]]):
 
     def image(self, index: int) -> torch.Tensor:
         """Gray file -> (3, H, W) float32 in [-1, 1]."""
-        gray = conditions.read_gray(self.manifest.file(self.row(index), "file_name"), self.resolution)
+        gray = conditions.resize_gray(self.gray(index, "file_name"), self.resolution)
         return (self.tensor(gray, index) * 2.0 - 1.0).expand(3, -1, -1)
 
     def conditions(self, index: int) -> dict[str, torch.Tensor]:
-        """Mask and Sobel map, (1, H, W) float32 in [0, 1] each."""
-        mask = conditions.read_mask(self.manifest.file(self.row(index), "condition_fg"), self.resolution)
-        sobel = conditions.read_gray(self.manifest.file(self.row(index), "condition_bg"), self.resolution)
+        """Mask, nodule's region and Sobel map, (1, H, W) float32 in [0, 1] each."""
+        mask = conditions.resize_mask(conditions.binarize(self.gray(index, "condition_fg")), self.resolution)
+        sobel = conditions.resize_gray(self.gray(index, "condition_bg"), self.resolution)
+        region = mask
         if self.blank_nodule:
-            sobel = conditions.blank_nodule(sobel, mask)
-        return {"mask": self.tensor(mask, index), "sobel": self.tensor(sobel, index)}
+            region, sobel = conditions.nodule_region(mask), conditions.blank_nodule(sobel, mask)
+        return {name: self.tensor(a, index) for name, a in (("mask", mask), ("region", region), ("sobel", sobel))}
+
+    def gray(self, index: int, column: str) -> np.ndarray:
+        """One of an item's files as it lies in its folder or shard: (H, W) uint8."""
+        return conditions.to_gray(shards.open_image(self.manifest.file(self.row(index), column)))
 
     def tensor(self, gray: np.ndarray, index: int) -> torch.Tensor:
         """(H, W) uint8 -> (1, H, W) float32 in [0, 1], mirrored if the item is."""
@@ -102,8 +113,17 @@ class TigerDataset(Dataset[dict[str, Any]]):
 
     def content_key(self, index: int) -> str:
         """Names what the encoded image depends on besides the VAE and the resolution."""
-        content = self.manifest.file(self.row(index), "file_name").read_bytes()
-        return hashlib.sha256(content).hexdigest()[:32] + ("-mirrored" if self.mirrored(index) else "")
+        return self.contents[index % len(self.rows)] + ("-mirrored" if self.mirrored(index) else "")
+
+    @functools.cached_property
+    def contents(self) -> list[str]:
+        """The hash of each row's image file, read once."""
+        return self.hashes("file_name")
+
+    def hashes(self, column: str) -> list[str]:
+        """Half the SHA-256 of each row's file of a column, 32 hex digits, whether it lies in a folder or in a shard."""
+        files = (self.manifest.file(row, column) for row in self.rows)
+        return [hashlib.sha256(shards.read_bytes(path)).hexdigest()[:32] for path in files]
 
     def weights(self, balance: float) -> np.ndarray | None:
         """Drawing probability of each item ∝ (count of its class)^-balance; None when all are equal."""
@@ -111,13 +131,17 @@ class TigerDataset(Dataset[dict[str, Any]]):
         return weights if weights is None or not self.random_flip else np.tile(weights, 2) / 2
 
 
-def mirror_text(text: str, plane: str) -> str:
-    """A prompt for the mirrored image: sides are swapped, and the poles too where they lie side by side."""
-    swaps = {"left": "right"}
-    if conditions.POLE_AXIS[plane] == "horizontal":
-        swaps[conditions.POLES[0]] = conditions.POLES[-1]
-    swaps |= {new: old for old, new in swaps.items()}
-    return re.sub(r"\b(" + "|".join(swaps) + r")\b", lambda match: swaps[match.group()], text)
+def mirror_text(text: str, plane: str | None, placement: Placement) -> str:
+    """A prompt for the mirrored image: left and right are swapped, and the organ's parts where they lie side by side.
+
+    A row without a plane counts as of the first that the knowledge base lays parts out in.
+    """
+    swaps = {"left": "right", "right": "left"}
+    axis = placement.axis
+    if axis and axis.get(plane or next(iter(axis))) == "horizontal":
+        swaps |= dict(zip(placement.parts, reversed(placement.parts), strict=True))
+    words = "|".join(map(re.escape, swaps))
+    return re.sub(rf"\b({words})\b", lambda match: swaps[match.group()], text)
 
 
 def batch_indices(seed: int, step: int, batch_size: int, count: int, weights: np.ndarray | None = None) -> np.ndarray:

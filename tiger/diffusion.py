@@ -85,10 +85,21 @@ def masked_losses(
     return _region_mean(error, fg, weights), _region_mean(error, bg, weights)
 
 
-def loss(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean squared error over everything (eq. 4), images weighted by `weights` (B,)."""
+def loss(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    emphasis: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean squared error over everything (eq. 4), images weighted by `weights` (B,).
+
+    emphasis: (B, 1, H, W) positive weights of each image's pixels, any size; None: all alike.
+    """
     error = (prediction.float() - target.float()).square().mean(1, keepdim=True)
-    return _region_mean(error, torch.ones_like(error), weights)
+    cells = torch.ones_like(error)
+    if emphasis is not None:
+        cells = F.adaptive_avg_pool2d(emphasis, (error.shape[-2], error.shape[-1]))
+    return _region_mean(error, cells, weights)
 
 
 def _region_mean(error: torch.Tensor, region: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

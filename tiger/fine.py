@@ -30,13 +30,14 @@ class FineInputs:
 
     z: Noised
     mask: torch.Tensor  # (B, 1, H, W), 0 or 1
+    region: torch.Tensor  # (B, 1, H, W), 0 or 1: where the map says nothing and L_FG is taken
     sobel: torch.Tensor  # (B, 1, H, W) in [0, 1]
     states: torch.Tensor  # (B, L, D) of the joint prompt, for the U-Net
     fg_states: torch.Tensor
     bg_states: torch.Tensor
     term_weights: torch.Tensor | None  # (B, L), for the FG-Encoder
-    fg_keep: torch.Tensor  # (B,) bool, False where a branch is dropped
-    bg_keep: torch.Tensor
+    fg_keep: torch.Tensor | None = None  # (B,) bool, False where a branch is dropped; None: nowhere
+    bg_keep: torch.Tensor | None = None
 
     @classmethod
     def empty(cls, components: Components, side: int, term_weighting: str) -> "FineInputs":
@@ -50,6 +51,7 @@ class FineInputs:
         return cls(
             z=Noised(latents, torch.empty(1, dtype=torch.long), latents, None),
             mask=condition,
+            region=condition,
             sobel=condition,
             states=states,
             fg_states=states,
@@ -144,19 +146,22 @@ class FineStage:
             self.model.term_frequencies.update(self.frequencies)
 
     def loss(self, batch: dict[str, Any], noise: SampleNoise, step: int) -> Losses:
-        """L_FG over the nodule and L_BG over the rest, each for the parameters that `update` gives it."""
+        """L_FG over the nodule's region and L_BG over the rest, each for the parameters that `update` gives it."""
         return self.losses(self.inputs(batch, noise), step, self.gradient_scale())
 
     def inputs(self, batch: dict[str, Any], noise: SampleNoise) -> "FineInputs":
         """What the models take, on the device: noised latents, conditions, prompts; what is dropped is drawn."""
         device = self.accelerator.device
-        moments, mask, sobel = (to_device(batch[name], device) for name in ("moments", "mask", "sobel"))
+        moments, mask, region, sobel = (
+            to_device(batch[name], device) for name in ("moments", "mask", "region", "sobel")
+        )
         z = noised(self.components, moments, noise, self.snr_gamma, self.timestep_sampling, self.noise_offset)
         dropped = noise.rand() < self.text_dropout
         states, fg_states, bg_states = self.states(batch, dropped)
         return FineInputs(
             z=z,
             mask=mask,
+            region=region,
             sobel=sobel,
             states=states,
             fg_states=fg_states,
@@ -180,7 +185,7 @@ class FineStage:
             return unet_with_residuals(self.components.unet, z.latents, z.timesteps, given.states, residuals)
 
         def losses(prediction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return diffusion.masked_losses(prediction, z.target, given.mask, self.bg_region, z.weights)
+            return diffusion.masked_losses(prediction, z.target, given.region, self.bg_region, z.weights)
 
         if self.update == "separate":
             for_fg, for_bg = control("split")
@@ -210,8 +215,7 @@ class FineStage:
 
     def states(self, batch: dict[str, Any], dropped: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Hidden states (B, L, D) of the joint, FG and BG prompts; of the empty prompt where `dropped` (B,)."""
-        texts = [*batch["text"], *batch["text_fg"], *batch["text_bg"], ""]
-        *kinds, empty = self.read_text(texts).split(len(dropped))
+        *kinds, empty = read_prompts(self.read_text, batch)
         return tuple(torch.where(dropped[:, None, None], empty, states) for states in kinds)
 
     def term_weights(self, texts: list[str], dropped: torch.Tensor) -> torch.Tensor | None:
@@ -239,10 +243,8 @@ class FineStage:
 
     def validate(self) -> Image.Image:
         """From above: real images, their masks, their Sobel maps, and what the model makes of those and the prompts."""
-        real, masks, maps = (torch.stack([item[key] for item in self.shown]) for key in ("image", "mask", "sobel"))
         with self.accelerator.autocast():
-            drawn = draw(self.pipeline(), self.shown, self.validation_inference_steps, masks=masks, maps=maps)
-        return image_grid([real / 2 + 0.5, masks, maps, drawn])
+            return conditions_grid(self.pipeline(), self.shown, self.validation_inference_steps)
 
     def export(self, folder: Path) -> None:
         """A TigerPipeline, with the U-Net as it was loaded, not as mixed precision rounded it."""
@@ -251,3 +253,17 @@ class FineStage:
             pipeline.register_modules(unet=load_unet(self.components.source))
         forget_calls(pipeline.tokenizer)
         pipeline.save_pretrained(str(folder))
+
+
+def read_prompts(read_text: TextCache, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Hidden states of a batch's joint, FG and BG prompts, (B, L, D) each, and of the empty one, (1, L, D)."""
+    return read_text([*batch["text"], *batch["text_fg"], *batch["text_bg"], ""]).split(len(batch["text"]))
+
+
+def conditions_grid(
+    pipeline: TigerPipeline, shown: Sequence[dict[str, Any]], steps: int, **options: Any
+) -> Image.Image:
+    """From above: real images, their masks, their Sobel maps, and what the model makes of those and the prompts."""
+    real, masks, maps = (torch.stack([item[key] for item in shown]) for key in ("image", "mask", "sobel"))
+    drawn = draw(pipeline, shown, steps, masks=masks, maps=maps, **options)
+    return image_grid([real / 2 + 0.5, masks, maps, drawn])

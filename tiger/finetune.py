@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     launch(
         config,
         make_stage,
+        kind="fine",
         with_conditions=True,
         blank_nodule=config.blank_nodule,
         find_unused_parameters=config.update == "alternate",  # one encoder a step

@@ -27,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tiger import conditions
+from tiger.components import is_distilled
 from tiger.config import GenerationConfig, parse
 from tiger.errors import InputError, run
 from tiger.files import read_json, write_json
@@ -106,6 +107,23 @@ def check_model(model: str) -> None:
         raise InputError(f"--model {model}: no {', '.join(missing)} in it; give the folder that finetune.sh wrote")
 
 
+def check_sampler(config: GenerationConfig) -> None:
+    """Raise InputError where the sampler's settings do not go with the model."""
+    distilled = is_distilled(Path(config.model))
+    if config.scheduler == "lcm" and not distilled:
+        raise InputError(f"--scheduler lcm: {config.model} needs many steps; distill.sh makes a model of few out of it")
+    if not distilled:
+        return
+    if config.scheduler != "lcm" or config.guidance_scale != 1:
+        raise InputError(
+            f"--model {config.model} was distilled to draw in few steps, with guidance built in: give --scheduler lcm "
+            "--guidance_scale 1 and --steps 1 to 8"
+        )
+    most = read_json(Path(config.model) / "scheduler" / "scheduler_config.json")["original_inference_steps"]
+    if config.steps > most:
+        raise InputError(f"--steps {config.steps}: this model draws in at most {most}, as it was distilled; 4 is usual")
+
+
 def model_resolution(model: str) -> int:
     """Image side in pixels that a diffusers folder was made for."""
     latents = read_json(Path(model) / "unet" / "config.json")["sample_size"]
@@ -152,6 +170,8 @@ def make_scheduler(name: str, trained: dict[str, Any]) -> Any:
 
     if name == "ddim":
         return diffusers.DDIMScheduler.from_config(trained)
+    if name == "lcm":
+        return diffusers.LCMScheduler.from_config(trained)
     if name == "dpmsolver++":
         return diffusers.DPMSolverMultistepScheduler.from_config(trained, algorithm_type="dpmsolver++")
     return diffusers.UniPCMultistepScheduler.from_config(trained)
@@ -255,6 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     for label in counts:
         planner.check(label)
     check_model(config.model)
+    check_sampler(config)
     settings = {
         **{name: value for name, value in asdict(config).items() if name not in FREE},
         "model_hash": fingerprint(config.model),

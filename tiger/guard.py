@@ -39,10 +39,10 @@ def stop_signal() -> Iterator[StopFlag]:
 class Guard:
     """Keeps steps that go wrong from changing anything, and lets all processes agree on what happened in each step.
 
-    A step goes wrong where its loss is no number or above `max_loss`, or where its gradients are not finite. (With
-    fp16, gradients overflow now and then while their scale is sought: that is left to the scaler.) Flags of a step are
-    summed over the processes and judged on the device. The host reads them once the next step is queued, so that a GPU
-    never waits for it.
+    A step goes wrong where its loss is no number or above `max_loss`, or where its gradients are not finite. With fp16,
+    gradients overflow now and then while their scale is sought: such a step changes nothing either, but is not told of.
+    Flags of a step are summed over the processes and judged on the device. The host reads them once the next step is
+    queued, so that a GPU never waits for it.
     """
 
     def __init__(
@@ -65,7 +65,10 @@ class Guard:
         self.bad_in_a_row = 0
 
     def judge(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-        """() float32, on the device: 1 if step `step` (from 0) went wrong on any process, else 0."""
+        """() float32, on the device: 1 if step `step` (from 0) must change nothing, on any process, else 0.
+
+        grad_norm: of the gradients of all processes.
+        """
         device = self.accelerator.device
         loss, grad_norm = loss.to(device).float(), grad_norm.to(device).float()
         bad = ~(loss <= self.max_loss)  # true for NaN
@@ -79,7 +82,7 @@ class Guard:
             copied = torch.cuda.Event()
             copied.record()
         self.unread.append((step, host, copied))
-        return (found[0] > 0).float()
+        return ((found[0] > 0) | ~grad_norm.isfinite()).float()
 
     def settle(self, *, everything: bool) -> bool:
         """Read what earlier steps found; of the newest one too, if `everything`. Returns whether to stop now.
@@ -111,17 +114,20 @@ class Guard:
 
 
 def apply(
-    optimizers: Sequence[torch.optim.Optimizer], plain: Sequence[torch.optim.Optimizer], bad: torch.Tensor
+    optimizers: Sequence[torch.optim.Optimizer], bad: torch.Tensor, scaler: torch.amp.GradScaler | None = None
 ) -> None:
     """Take a step with each optimizer, unless `bad` () is 1: then weights and optimizer states stay bit for bit.
 
-    optimizers: as accelerate wrapped them; plain: the same unwrapped. Fused ones read `bad` on the device, as they do
-    for torch.amp.GradScaler; others make the host wait for it.
+    Fused optimizers read `bad` on the device, as they do for torch.amp.GradScaler; others make the host wait for it.
+    scaler: fp16's, which has unscaled the gradients. It adapts its scale here, once for all optimizers: accelerate's
+    wrappers would each adapt it, and the second one unscale its gradients again.
     """
-    for optimizer, inner in zip(optimizers, plain, strict=True):
-        if getattr(inner, "_step_supports_amp_scaling", False):
-            inner.found_inf = bad  # type: ignore[attr-defined]
+    for optimizer in optimizers:
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = bad  # type: ignore[attr-defined]
             optimizer.step()
         elif not bad.item():
             optimizer.step()
         optimizer.zero_grad()
+    if scaler:
+        scaler.update()

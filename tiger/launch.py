@@ -1,4 +1,4 @@
-"""What both training stages do around the loop: check the input, load the base, encode the images, train."""
+"""What all training stages do around the loop: check the input, load the base, encode the images, train."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiger import checkpoint, manifest
 from tiger.card import model_card, push
-from tiger.components import Components, check_base
+from tiger.components import Components, check_base, load_components
 from tiger.config import TrainConfig, check_resume, config_text
 from tiger.errors import InputError, WorkFailed
 from tiger.files import atomic_path, changed_settings, write_json
@@ -36,14 +36,17 @@ def launch(
     config: TrainConfig,
     make_stage: MakeStage,
     *,
+    kind: str = "coarse",
     with_conditions: bool = False,
+    load: Callable[[str], Components] = load_components,
     blank_nodule: bool = True,
     find_unused_parameters: bool = False,
 ) -> None:
     """Run one stage from its config to the finished model; nothing to do if that exists.
 
-    make_stage(config, components, validation items, knowledge, accelerator) builds the stage. with_conditions: the rows
-    need masks and Sobel maps; blank_nodule: the maps are zeroed inside the masks. find_unused_parameters: some steps
+    make_stage(config, components, validation items, knowledge, accelerator) builds the stage. kind: of the
+    finished model, one of card.WHAT. with_conditions: the rows need masks and Sobel maps. load: reads what
+    --pretrained_model names. blank_nodule: the maps are zeroed inside the masks. find_unused_parameters: some steps
     leave part of the model without gradients, which several processes must know. All that can be wrong with the input
     is checked before a model is loaded.
     """
@@ -63,7 +66,6 @@ def launch(
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     from tiger import flops
-    from tiger.components import load_components
     from tiger.dataset import TigerDataset, cache_latents
     from tiger.trainer import train
 
@@ -72,10 +74,12 @@ def launch(
         project_dir=output_dir / "logs",
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )
-    components = load_components(config.pretrained_model)
+    components = load(config.pretrained_model)
     resolution = components.resolution(config.resolution)
-    options = {"with_conditions": with_conditions, "blank_nodule": blank_nodule}
-    dataset = TigerDataset(train_rows, resolution, random_flip=config.random_flip, **options)
+    options: dict[str, Any] = {"with_conditions": with_conditions, "blank_nodule": blank_nodule}
+    dataset = TigerDataset(
+        train_rows, resolution, random_flip=config.random_flip, placement=knowledge.placement, **options
+    )
     shown = TigerDataset(validation_rows, resolution, **options)
     inputs = fingerprint(components, dataset, knowledge) | {
         "images a step": images_per_step(config), "precision": accelerator.mixed_precision
@@ -95,7 +99,7 @@ def launch(
             path.write_text(config_text(config), encoding="utf-8")
         write_json(output_dir / "inputs.json", inputs)
     card = model_card(
-        "fine" if with_conditions else "coarse", config.pretrained_model,
+        kind, config.pretrained_model,
         counts=Counter(row.label or "no label" for row in train_rows.rows), resolution=resolution,
         steps=steps, images_per_step=images_per_step(config), config=config_text(config),
     )  # fmt: skip
@@ -166,12 +170,13 @@ def holds_training(output_dir: Path) -> bool:
 
 def check_services(config: TrainConfig) -> None:
     """Refuse a way of sharing out the model, a tracker or an upload that would not work."""
-    for sharding in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{sharding}") == "true":  # as `accelerate launch` sets it
-            raise InputError(
-                f"accelerate is configured for {sharding}: checkpoints of sharded models are not supported; train "
-                "data-parallel, as configs/accelerate/8gpu.yaml and multinode.yaml do"
-            )
+    if configured("ACCELERATE_USE_DEEPSPEED"):
+        raise InputError(
+            "accelerate is configured for DeepSpeed, which steps inside the backward pass, before a bad step can be "
+            "left out; configs/accelerate/zero2.yaml shares out the same by FSDP2"
+        )
+    if configured("ACCELERATE_USE_FSDP"):
+        check_sharding(config)
     if config.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
         raise InputError("--report_to wandb needs wandb: pip install wandb; or --report_to tensorboard")
     if config.push_to_hub:
@@ -179,6 +184,26 @@ def check_services(config: TrainConfig) -> None:
 
         if get_token() is None:
             raise InputError("--push_to_hub needs a token of huggingface.co: run `hf auth login`, or set HF_TOKEN")
+
+
+def check_sharding(config: TrainConfig) -> None:
+    """Refuse what does not go with FSDP, or with the way we use it."""
+    refused = {
+        "fsdp_version: 1; give 2": os.environ.get("FSDP_VERSION", "1") != "2",
+        "fsdp_cpu_ram_efficient_loading; give false": configured("FSDP_CPU_RAM_EFFICIENT_LOADING"),
+        "fsdp_activation_checkpointing; give --gradient_checkpointing": configured("FSDP_ACTIVATION_CHECKPOINTING"),
+        "fsdp_offload_params; give false": configured("FSDP_OFFLOAD_PARAMS"),
+        "--use_8bit_adam; leave it out": config.use_8bit_adam,
+        "--compile; leave it out": config.compile,
+    }
+    for what, found in refused.items():
+        if found:
+            raise InputError(f"sharding by FSDP does not go with {what}. See configs/accelerate/fsdp2.yaml")
+
+
+def configured(variable: str) -> bool:
+    """Whether `accelerate launch` switched something on."""
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def is_finished(config: TrainConfig, output_dir: Path, steps: int) -> bool:
@@ -213,9 +238,9 @@ def count_steps(config: TrainConfig, images: int) -> int:
 
 
 def fingerprint(components: Components, dataset: "TigerDataset", knowledge: Knowledge) -> dict[str, str]:
-    """Short hashes of what a training takes in by name: the base, the rows, and how the vocabulary reads them.
+    """Short hashes of what a training takes in by name: the base, the rows, their files, how the vocabulary reads them.
 
-    Image files are known by name only.
+    Files count by their content, of which the latent cache has need as well.
     """
     from tiger.dataset import model_key
 
@@ -225,8 +250,9 @@ def fingerprint(components: Components, dataset: "TigerDataset", knowledge: Know
         (row.file_name, row.condition_fg, row.condition_bg, row.text, row.text_fg, row.text_bg, row.label, row.plane)
         for row in dataset.rows
     ]
-    named: dict[str, Any] = {"pretrained_model": base, "training rows": rows}
+    named: dict[str, Any] = {"pretrained_model": base, "training rows": rows, "images": dataset.contents}
     if dataset.with_conditions:  # terms are weighted
+        named["masks"], named["edge maps"] = (dataset.hashes(column) for column in ("condition_fg", "condition_bg"))
         texts = dict.fromkeys(row.text_fg for row in dataset.rows)
         named["terms in the prompts"] = [
             [(span.term, span.kind) for span in knowledge.term_classes(text)] for text in texts
@@ -275,8 +301,9 @@ def read_rows(config: TrainConfig, knowledge: Knowledge, with_conditions: bool) 
     names = {row.file_name for row in train_rows.rows}
     used = (*train_rows.rows, *(row for row in shown.rows if row.file_name not in names))
     manifest.check(Manifest(rows.path, used), conditions=with_conditions, knowledge=knowledge)
-    if straddling := manifest.straddling_patients(rows.rows):
-        raise InputError(f"{rows.path}: {'; '.join(straddling)}")
+    leaks = [f"{row.file_name} {problem.message}" for row, problem in manifest.synthetic_leaks(rows.rows)]
+    if problems := [*manifest.straddling_patients(rows.rows), *leaks]:
+        raise InputError(f"{rows.path}: {'; '.join(problems)}")
     row_weights(train_rows, config.class_balance)  # raises where labels are missing
     return train_rows, shown
 

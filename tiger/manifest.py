@@ -5,6 +5,7 @@ check(manifest, conditions=True)              # files: every bad row at once
 """
 
 import difflib
+import functools
 import json
 import re
 from collections import Counter, defaultdict
@@ -17,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from tiger import shards
 from tiger.errors import InputError
 from tiger.files import atomic_path
-from tiger.knowledge import Knowledge
+from tiger.knowledge import Knowledge, Parsed
 
 FILE_NAME = "metadata.jsonl"
 SPLITS = ("train", "valid", "test")
@@ -38,7 +40,7 @@ PLANE = re.compile(
 
 @dataclass(frozen=True)
 class Row:
-    """One image. Paths are relative to the manifest's folder, with forward slashes."""
+    """One image. Paths are relative to the manifest's folder, with forward slashes, and may lead into a tar shard."""
 
     file_name: str
     text_fg: str
@@ -416,18 +418,24 @@ def unit_of(row: Row) -> str:
     return f"patient {row.patient_id}" if row.patient_id is not None else f"image {row.file_name}"
 
 
+@functools.lru_cache(maxsize=4096)
+def parsed(knowledge: Knowledge, text: str) -> Parsed:
+    """`knowledge.parse(text)`, once for prompts that recur."""
+    return knowledge.parse(text)
+
+
 def text_problems(row: Row, knowledge: Knowledge | None) -> Iterator[Problem]:
     """Contradictions within the texts, and between texts, label and attributes; none without a knowledge base."""
     if knowledge is None:
         return
-    parsed = knowledge.parse(row.text)
-    for contradiction in parsed.contradictions:
+    said = parsed(knowledge, row.text)
+    for contradiction in said.contradictions:
         yield Problem("contradiction", f"the text contradicts itself, {contradiction}: keep one")
     if row.label is not None and row.label not in knowledge.subtypes:
         known = f"the {knowledge.organ} knowledge base ({', '.join(knowledge.subtypes)})"
         yield Problem("unknown_label", f"label {row.label!r} is not in {known}: mend it, or use another")
-    elif row.label is not None and parsed.label is not None and parsed.label != row.label:
-        yield Problem("label_and_text", f"label {row.label!r}, but the text says {parsed.label}: mend one")
+    elif row.label is not None and said.label is not None and said.label != row.label:
+        yield Problem("label_and_text", f"label {row.label!r}, but the text says {said.label}: mend one")
     for category, term in row.attributes.items():
         if category not in knowledge.categories or term not in knowledge.categories[category].terms:
             message = f"attribute {category}: {term!r} is not in the {knowledge.organ} knowledge base"
@@ -450,7 +458,7 @@ def file_problems(
         if value is None:
             continue
         path = root / value
-        if not path.is_file():
+        if not path.is_file() and not shards.is_member(path):
             found = siblings.find(path)
             problems.append(Problem("missing_file", f"{column} {value!r} does not exist{siblings.advice(found)}"))
             if found is None:
@@ -469,11 +477,11 @@ def file_problems(
 
 def _image_problems(path: Path, column: str) -> tuple[list[Problem], Image.Image | None]:
     """Problems of one image file, and the image if it opens."""
-    from tiger.conditions import border_bars, open_image, to_gray
+    from tiger.conditions import border_bars, to_gray
 
     problems: list[Problem] = []
     try:
-        image = open_image(path)
+        image = shards.open_image(path)
     except InputError as error:
         return [Problem("unreadable", str(error).removeprefix(f"{path}: "))], None
     expected = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower())

@@ -40,6 +40,7 @@ def make_stage(
         learning_rate=config.learning_rate,
         weight_decay=config.adam_weight_decay,
         lora_rank=config.lora_rank,
+        lesion_weight=config.lesion_weight,
         snr_gamma=config.snr_gamma,
         noise_offset=config.noise_offset,
         text_dropout=config.text_dropout,
@@ -53,7 +54,8 @@ def make_stage(
 
 def main(argv: list[str] | None = None) -> None:
     """Train until done or stopped."""
-    launch(parse(PretrainConfig, argv), make_stage)
+    config = parse(PretrainConfig, argv)
+    launch(config, make_stage, with_conditions=config.lesion_weight != 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the loop and the two stages agree on: the Stage protocol, random draws, noised batches, the validation grid."""
+"""What the loop and the stages agree on: the Stage protocol, random draws, noised batches, the validation grid."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from tiger.pipeline import TigerPipeline
 Losses = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 # How the validation grid is sampled. The rescaling (arXiv:2305.08891) keeps guided images from being overexposed.
-GUIDANCE = {"guidance_scale": 3.0, "guidance_rescale": 0.7}
+GUIDANCE: dict[str, Any] = {"guidance_scale": 3.0, "guidance_rescale": 0.7}
 
 
 class SampleNoise:
@@ -95,16 +95,19 @@ def noised(
     snr_gamma: float | None,
     timestep_sampling: str = "uniform",
     noise_offset: float = 0.0,
+    stride: int = 1,
 ) -> Noised:
     """Draw latents from the VAE's moments (B, 2C, h, w), a timestep for each image, and noise them.
 
     noise_offset: standard deviation of what is added to the noise of a whole channel, so that overall brightness is
-    learned too (Guttenberg 2023, https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+    learned too (Guttenberg 2023, https://www.crosslabs.org/blog/diffusion-with-offset-noise). stride: only the last of
+    every so many timesteps is drawn.
     """
     schedule = components.noise_schedule
     shape = (moments.shape[1] // 2, *moments.shape[2:])
     latents = sample_latents(components.vae, moments, noise.randn(shape))
     timesteps = diffusion.timesteps(noise.rand(), schedule.config["num_train_timesteps"], timestep_sampling)
+    timesteps = timesteps // stride * stride + stride - 1
     epsilon = noise.randn(shape)
     if noise_offset:
         epsilon = epsilon + noise_offset * noise.randn((shape[0], 1, 1))
@@ -125,8 +128,7 @@ def draw(pipeline: TigerPipeline, shown: Sequence[dict[str, Any]], steps: int, *
         num_inference_steps=steps,
         generator=[torch.Generator(pipeline.device).manual_seed(seed) for seed in range(len(shown))],
         output_type="pt",
-        **GUIDANCE,
-        **options,
+        **(GUIDANCE | options),
     ).images
     return images
 

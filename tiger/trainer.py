@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from tiger import checkpoint, guard
+from tiger import checkpoint, fsdp, guard
 from tiger.dataset import StepSampler, TigerDataset, batch_indices, places
 from tiger.errors import WorkFailed
 from tiger.files import atomic_path, read_json, write_json
@@ -36,20 +36,21 @@ class Ema:
     tenth of training, so that short runs profit too.
     """
 
-    def __init__(self, module: torch.nn.Module, max_decay: float):
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], max_decay: float):
+        self.parameters = parameters
+        self.average = {name: p.detach().clone() for name, p in parameters.items()}
         self.max_decay = max_decay
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the parameters after optimizer step `step` (from 0)."""
         decay = min(self.max_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+        averages, values = ([fsdp.share(t) for t in kept.values()] for kept in (self.average, self.parameters))
+        torch._foreach_lerp_(averages, values, 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The module holds the averaged parameters inside this block."""
+        """Inside this block the parameters have the averages as their values."""
         self.swap()
         try:
             yield
@@ -61,15 +62,11 @@ class Ema:
         for name, parameter in self.parameters.items():
             parameter.data, self.average[name] = self.average[name], parameter.data
 
-    def save(self, path: Path) -> None:
-        """Write the averages."""
-        save_file({name: value.contiguous() for name, value in self.average.items()}, str(path))
-
     @torch.no_grad()
     def load(self, path: Path) -> None:
         """Read the averages."""
         for name, value in load_file(str(path)).items():
-            self.average[name].copy_(value)
+            self.average[name] = fsdp.laid_out(value, like=self.average[name])
 
 
 def lr_factor(scheduler: str, step: int, warmup: int, total: int) -> float:
@@ -117,15 +114,18 @@ def train(
     saved. Raises WorkFailed where steps go wrong (see guard.Guard).
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    parameters = [p for p in stage.trainable.parameters() if p.requires_grad]
     peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in stage.optimizers]
-    ema = Ema(stage.trainable, ema_decay) if ema_decay is not None else None
     resumed = newest_checkpoint(accelerator, output_dir, checkpoints_total_limit)
+    start = checkpoint.step_of(resumed) if resumed else 0
+    if resumed:
+        stage.load(resumed)
+    model = stage.trainable  # the stage's own, where what is trained is sharded
+    stage.trainable = fsdp.prepare(accelerator, model, stage.optimizers)
+    trained = accelerator.unwrap_model(stage.trainable)
+    parameters = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+    ema = Ema(parameters, ema_decay) if ema_decay is not None else None
     if resumed:
         load(resumed, stage, ema, accelerator)
-    start = checkpoint.step_of(resumed) if resumed else 0
-    stage.trainable = accelerator.prepare(stage.trainable)
-    optimizers = [accelerator.prepare(optimizer) for optimizer in stage.optimizers]
     cut = {"batch_size": train_batch_size, "accumulation": gradient_accumulation_steps, "rank": rank, "world": world}
     sampler = StepSampler(len(dataset), weights, seed=seed, start=start, stop=max_train_steps, **cut)
     images_per_step = train_batch_size * gradient_accumulation_steps * world
@@ -133,7 +133,13 @@ def train(
         batch_indices, seed, batch_size=images_per_step, count=len(dataset), weights=weights
     )  # of a step
     log = Log(accelerator, output_dir, start, max_train_steps, images_per_step, flops_per_image)
-    averaged = ema.applied if ema else contextlib.nullcontext
+
+    def shown(averaged: bool) -> contextlib.AbstractContextManager[None]:
+        """Inside, the main process may read the stage's weights, or their averages."""
+        averages = ema if averaged else None
+        if accelerator.is_fsdp2:
+            return fsdp.assembled(accelerator, model, averages.average if averages else parameters)
+        return averages.applied() if averages else contextlib.nullcontext()
 
     def due(every: int) -> bool:
         return every > 0 and step > 0 and (step % every == 0 or step == max_train_steps)
@@ -153,11 +159,11 @@ def train(
         batches = iter(loader)
         while True:
             if due(validation_steps):  # here, so that a run stopped between checkpoint and grid still draws it
-                if accelerator.is_main_process and (step > start or not grid_path(output_dir, step).exists()):
-                    with averaged():
+                with shown(averaged=True):
+                    if accelerator.is_main_process and (step > start or not grid_path(output_dir, step).exists()):
                         grid = stage.validate()
-                    save_grid(grid, output_dir, step)
-                    log.add_image(grid, step)
+                        save_grid(grid, output_dir, step)
+                        log.add_image(grid, step)
                 accelerator.wait_for_everyone()
             if step >= max_train_steps:
                 break
@@ -166,9 +172,10 @@ def train(
             set_rates(stage.optimizers, peak_rates, factor)
             stage.begin_step([dataset.texts(row) for row in rows_of(step)])
             logged = accumulate(accelerator, stage, batches, seed, step, **cut)
-            logged["grad_norm"] = torch.as_tensor(accelerator.clip_grad_norm_(parameters, max_grad_norm))
+            norm = accelerator.clip_grad_norm_(parameters.values(), max_grad_norm)
+            logged["grad_norm"] = fsdp.whole(torch.as_tensor(norm))
             bad = watch.judge(step, logged["loss"], logged["grad_norm"])
-            guard.apply(optimizers, stage.optimizers, bad)
+            guard.apply(stage.optimizers, bad, accelerator.scaler)
             if ema:
                 ema.update(step)
             step += 1
@@ -178,14 +185,17 @@ def train(
             if pausing or stopping:
                 log.write(step, peak_rates[0][0] * factor)
             if due(checkpointing_steps) or stopping:
-                if accelerator.is_main_process:
-                    checkpoint.save(output_dir, step, lambda folder: save(folder, stage, ema, accelerator, config_text))
-                    checkpoint.rotate(output_dir, checkpoints_total_limit, newest=step)
+                with shown(averaged=False):
+                    tensors = collect(stage, ema, accelerator)
+                    if accelerator.is_main_process:
+                        write = functools.partial(save, stage, tensors, accelerator, config_text)
+                        checkpoint.save(output_dir, step, write)
+                        checkpoint.rotate(output_dir, checkpoints_total_limit, newest=step)
                 accelerator.wait_for_everyone()
             if stopping:
                 return False
-    if accelerator.is_main_process:
-        with averaged():
+    with shown(averaged=True):
+        if accelerator.is_main_process:
             checkpoint.publish(output_dir, step, export)
     accelerator.wait_for_everyone()
     return True
@@ -241,21 +251,31 @@ def set_rates(optimizers: list[torch.optim.Optimizer], peak_rates: list[list[flo
             group["lr"] = rate * factor
 
 
-def save(folder: Path, stage: Stage, ema: Ema | None, accelerator: Accelerator, config_text: str) -> None:
-    """Write all that resuming needs into a checkpoint folder."""
+def collect(stage: Stage, ema: Ema | None, accelerator: Accelerator) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors that a checkpoint holds besides the model's, by file: all processes take part in the gathering."""
+    files = {f"optimizer-{i}": checkpoint.optimizer_tensors(optimizer) for i, optimizer in enumerate(stage.optimizers)}
+    if ema:
+        files["ema"] = ema.average
+    return {name: fsdp.gathered(tensors, keep=accelerator.is_main_process) for name, tensors in files.items()}
+
+
+def save(
+    stage: Stage, tensors: dict[str, dict[str, torch.Tensor]], accelerator: Accelerator, config_text: str, folder: Path
+) -> None:
+    """Write all that resuming needs into a checkpoint folder. tensors: what `collect` returned."""
     stage.save(folder)
     for index, optimizer in enumerate(stage.optimizers):
-        checkpoint.save_optimizer(optimizer, folder / f"optimizer-{index}.safetensors")
-    if ema:
-        ema.save(folder / "ema.safetensors")
+        name = f"optimizer-{index}"
+        checkpoint.save_optimizer(optimizer, folder / f"{name}.safetensors", tensors[name])
+    if "ema" in tensors:
+        save_file({name: value.contiguous() for name, value in tensors["ema"].items()}, folder / "ema.safetensors")
     if accelerator.scaler:  # fp16's gradient scale
         write_json(folder / "scaler.json", accelerator.scaler.state_dict())
     (folder / "config.yaml").write_text(config_text, encoding="utf-8")
 
 
 def load(folder: Path, stage: Stage, ema: Ema | None, accelerator: Accelerator) -> None:
-    """Read what `save` wrote."""
-    stage.load(folder)
+    """Read what `save` wrote, the model excepted."""
     for index, optimizer in enumerate(stage.optimizers):
         checkpoint.load_optimizer(optimizer, folder / f"optimizer-{index}.safetensors")
     if ema:

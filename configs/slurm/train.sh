@@ -20,7 +20,7 @@
 set -uo pipefail
 
 if [ $# -eq 0 ]; then
-    echo "usage: sbatch configs/slurm/train.sh pretrain.sh|finetune.sh FLAGS..." >&2
+    echo "usage: sbatch configs/slurm/train.sh pretrain.sh|finetune.sh|distill.sh FLAGS..." >&2
     exit 2
 fi
 trap : TERM # not the end of this script: it has to queue the job again

@@ -69,7 +69,7 @@ def merge_masks(masks: list[Gray]) -> Gray:
     return np.maximum.reduce(masks)
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+def read_csv(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     """The lines of a UTF-8 table, cells stripped, missing ones empty. Raises InputError where a column is not there."""
     if not path.is_file():
         raise InputError(f"{path}: no such file: give the data set's own folder")

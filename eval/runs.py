@@ -1,0 +1,169 @@
+"""Trainings of a study and the scores that they leave: one small file each, from which every figure can be made anew.
+
+scores/tiger_f-seed0.json
+    settings           what was trained, and a digest of every image that it depends on
+    classes            names of the columns of `probabilities`
+    selected_step, …   notes on the training
+    valid, test        file_name, patient_id, label, probabilities of each image
+"""
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from eval import classifier
+from eval.arms import PLAIN, UPPER, Mixing, augmentation_of, draw_batch
+from eval.classifier import Recipe
+from eval.study import Data, Held, Plan, Trial, digest, plan
+from tiger.errors import InputError
+from tiger.files import atomic_path, read_json, write_json
+
+SHARES = (0.1, 0.25, 0.5)  # of synthetic images, from which --share auto chooses
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all trainings of a study share."""
+
+    folder: Path
+    recipe: Recipe
+    image_size: int  # px
+    policy: str
+    shares: tuple[float, ...]  # of synthetic images within a class; of several, valid chooses
+    rare: tuple[str, ...]
+    negative: str
+    save_models: bool
+
+    def path(self, trial: Trial) -> Path:
+        """The file of a trial's scores."""
+        return self.folder / "scores" / f"{trial.name}.json"
+
+    def model(self, trial: Trial) -> Path:
+        """The folder of a trial's classifier."""
+        return self.folder / "models" / trial.name
+
+    def mixings(self, trial: Trial) -> list[Mixing]:
+        """How the trial may mix; plain arms do not mix."""
+        shares = self.shares if is_synthetic(trial.arm) and self.policy in ("share", "rare") else self.shares[:1]
+        return [Mixing(self.policy, share, self.rare) for share in shares]
+
+    def plans(self, trial: Trial, data: Data) -> list[Plan]:
+        """What the trial may draw from, for each of its mixings."""
+        return [plan(trial, data, mixing, self.negative) for mixing in self.mixings(trial)]
+
+    def settings(self, trial: Trial, data: Data) -> dict[str, Any]:
+        """All that the trial's scores depend on, as JSON."""
+        plans = self.plans(trial, data)
+        settings = self.recipe.settings() | {"image_size": self.image_size, "arm": trial.arm, "seed": trial.seed}
+        settings |= {"task": trial.task, "fold": trial.fold, "amount": trial.amount, "real_share": trial.real_share}
+        if is_synthetic(trial.arm):
+            settings |= {"policy": self.policy, "share": [mixing.share for mixing in self.mixings(trial)]}
+            settings |= {"rare": list(self.rare)} if self.policy == "rare" else {}
+        return settings | {"data": "-".join(digest(one, data) for one in plans)}
+
+    def is_done(self, trial: Trial) -> bool:
+        """Whether the trial's scores are there, and its classifier where that is wanted."""
+        saved = not self.save_models or (self.model(trial) / "config.json").is_file()
+        return self.path(trial).is_file() and saved
+
+
+def is_synthetic(arm: str) -> bool:
+    """Whether the arm is a set of synthetic images."""
+    return arm not in PLAIN and arm != UPPER
+
+
+def refuse_changes(study: Study, trials: Iterable[Trial], data: Data) -> dict[Trial, dict[str, Any]]:
+    """The settings of each trial. Raises InputError where its scores are there and were made with others."""
+    settings = {trial: study.settings(trial, data) for trial in trials}
+    for trial, of_trial in settings.items():
+        path = study.path(trial)
+        old = read_json(path)["settings"] if path.is_file() else of_trial
+        named = [(name, old.get(name), value) for name, value in of_trial.items()]
+        changed = [f"{name} was {was}, is {value}" for name, was, value in named if was != value]
+        if changed:
+            raise InputError(
+                f"{path} was made with other settings: {'; '.join(changed)}. Give the old values to go on, or another "
+                "--output; or remove the file"
+            )
+    return settings
+
+
+def run(study: Study, trial: Trial, data: Data, settings: dict[str, Any]) -> None:
+    """Train one trial and write its scores; where there are several shares, that which is best on valid."""
+    fitted = []
+    for mixing, one in zip(study.mixings(trial), study.plans(trial, data), strict=True):
+        net, notes = fit(study, trial, data, one)
+        fitted.append((notes.get("valid_macro_auc", 0.0), mixing, one, net, notes))
+    _, mixing, one, net, notes = max(fitted, key=lambda item: item[0])
+    if is_synthetic(trial.arm) and study.policy in ("share", "rare"):
+        notes |= {"share": mixing.share}
+    if len(fitted) > 1:
+        notes |= {"valid_macro_auc_of_shares": {str(m.share): value for value, m, *_ in fitted}}
+    scores = {name: scored(net, held, one.labels) for name, held in (("valid", one.valid), ("test", one.test)) if held}
+    if study.save_models:
+        classifier.save(net, study.model(trial), study.recipe.model, study.image_size, one.labels)
+    about = {"settings": settings, "condition": trial.condition, "classes": one.labels}
+    write_json(study.path(trial), about | notes | scores)
+
+
+def fit(study: Study, trial: Trial, data: Data, one: Plan) -> tuple[nn.Module, dict[str, Any]]:
+    """Train one classifier; every phase has its part of the steps, and only the last one is selected on valid."""
+    net, notes = None, {}
+    recipe = replace(study.recipe, max_train_steps=max(1, study.recipe.max_train_steps // len(one.phases)))
+    for number, groups in enumerate(one.phases, 1):
+        last = number == len(one.phases)
+        net, notes = classifier.train(
+            recipe,
+            data.images,
+            one.y,
+            lambda rng, groups=groups: draw_batch(groups, recipe.train_batch_size, rng),
+            (one.valid.images, one.valid.y) if last and one.valid is not None else None,
+            classes=len(one.labels),
+            seed=trial.seed,
+            description=f"{trial.name}" + (f", part {number}" if len(one.phases) > 1 else ""),
+            augmentation=augmentation_of(trial.arm, study.image_size, len(one.labels)),
+            net=net,
+        )
+    assert net is not None
+    return net, notes
+
+
+def scored(net: nn.Module, held: Held, labels: list[str]) -> dict[str, Any]:
+    """The probabilities of held-out images, with what the figures need to know of each."""
+    return {
+        "file_name": held.file_names.tolist(),
+        "patient_id": held.patients.tolist(),
+        "label": [labels[c] for c in held.y],
+        "probabilities": np.round(classifier.predict(net, held.images), 6).tolist(),
+    }
+
+
+def write_table(path: Path, found: Iterable[dict[str, Any]]) -> None:
+    """One CSV with the probabilities of every held-out image in every run; empty where a net lacks the class."""
+    found = list(found)
+    classes = list(dict.fromkeys(label for one in found for label in one["classes"]))
+    head = ["arm", "task", "seed", "fold", "split", "file_name", "patient_id", "label", *(f"p_{c}" for c in classes)]
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        for one in found:
+            run = [one["condition"], *(one["settings"][name] for name in ("task", "seed", "fold"))]
+            for split in ("valid", "test"):
+                rows = one.get(split) or {"file_name": []}
+                for i, name in enumerate(rows["file_name"]):
+                    p = dict(zip(one["classes"], rows["probabilities"][i], strict=True))
+                    image = [name, rows["patient_id"][i], rows["label"][i], *(p.get(c, "") for c in classes)]
+                    writer.writerow([*run, split, *image])
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "k/n" -> (k, n)"""
+    k, slash, n = text.partition("/")
+    if not (slash and k.isdecimal() and n.isdecimal() and int(k) < int(n)):
+        raise InputError(f"--shard '{text}': write k/n with k from 0 to n-1, as in 0/4 for the first of four parts")
+    return int(k), int(n)

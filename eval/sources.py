@@ -1,0 +1,107 @@
+"""What a study reads, checked for leaks, and what the looks of synthetic images may give away."""
+
+import argparse
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from data.split import assign_folds
+from eval import leakage, realism
+from eval.arms import EXTRA, PLAIN, REAL, UPPER, synthetic_shares
+from eval.runs import Study
+from eval.study import ALL, Data, Sources, Trial, refuse_unlabelled
+from tiger import manifest as manifests
+from tiger.errors import InputError
+from tiger.files import read_json, write_json
+from tiger.knowledge import Knowledge
+from tiger.manifest import Manifest
+
+DEFAULT_SET = "tiger_f"
+RARE = 0.25  # a class is rare that has fewer training images than this share of the largest one's
+FAR = 0.7  # AUC of real against synthetic from which on looks may tell
+
+
+def synthetic_sets(given: Sequence[str]) -> dict[str, str]:
+    """Name -> folder of NAME=DIR, or of DIR alone, which is DEFAULT_SET."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not folder or not re.fullmatch(r"[\w-]+", name):
+            name, folder = DEFAULT_SET, text
+        if name in (*PLAIN, UPPER, REAL, EXTRA) or name in found:
+            raise InputError(f"--fake {text}: the name '{name}' is taken; write NAME=DIR with another")
+        found[name] = folder
+    return found
+
+
+def read_sources(args: argparse.Namespace, fold: int | None) -> Sources:
+    """The manifests of a fold, without leaks between them."""
+    knowledge = Knowledge.load(args.knowledge)
+
+    def read(path: str) -> Manifest:
+        return manifests.read(path.replace("{fold}", str(fold)), knowledge)
+
+    real = read(args.real)
+    if fold is not None and "{fold}" not in args.real:
+        real = replace(real, rows=assign_folds(real.rows, args.folds, 0)[fold])
+    sets = synthetic_sets(args.fake)
+    measure = list(sets)[:1] if UPPER in args.arms else []  # further real images are as many as the first set has
+    fakes = {name: read(folder) for name, folder in sets.items() if name in (*args.arms, *measure)}
+    extra = read(args.extra_real).select(split="train") if args.extra_real else None
+    sources = Sources(real, fakes, extra)
+    refuse_unlabelled(sources)
+    for fake in fakes.values():
+        leakage.refuse_leakage(real, fake, extra)
+    if not fakes:
+        leakage.refuse_leakage(real, Manifest(real.path, ()), extra)
+    return sources
+
+
+def rare_classes(args: argparse.Namespace, real: Manifest, classes: Sequence[str]) -> tuple[str, ...]:
+    """Those asked for, or those with few training images beside the largest class."""
+    if unknown := set(args.rare or ()) - set(classes):
+        raise InputError(f"--rare {' '.join(sorted(unknown))}: no such class in {real.path} ({', '.join(classes)})")
+    sizes = {label: len(real.select(split="train", labels=[label]).rows) for label in classes}
+    return tuple(args.rare or (label for label in classes if sizes[label] < RARE * max(sizes.values())))
+
+
+def c2st(args: argparse.Namespace, study: Study, sources: Sources, data: Data, name: str) -> dict[str, Any]:
+    """How well real and synthetic images are told apart; the result is kept beside the scores, made anew if need be."""
+    recipe = replace(study.recipe, max_train_steps=args.realism_steps or max(1, study.recipe.max_train_steps // 2))
+    fake = sources.fakes[name].select(labels=data.classes)
+    kept_out = leakage.held_out(sources.real)
+    settings = recipe.settings() | {"image_size": args.image_size, "seed": args.seeds[0], "resamples": args.resamples}
+    images = b"".join(key for key, origin in zip(data.keys, data.origin, strict=True) if origin == name)
+    made_from = repr([row.derived_from for row in fake.rows]).encode()
+    settings["data"] = hashlib.sha256(data.held_out_key.encode() + images + made_from).hexdigest()[:16]
+    path = study.folder / "scores" / f"real_vs_{name}.json"
+    if path.is_file():
+        found = read_json(path)
+        if found["settings"] == settings:
+            return found["result"]
+    result = realism.measure(sources.real, fake, kept_out, recipe, args.image_size, args.seeds[0], args.resamples)
+    result |= {"model": recipe.model, "image_size": args.image_size, "max_train_steps": recipe.max_train_steps}
+    write_json(path, {"settings": settings, "result": result})
+    return result
+
+
+def looks(name: str, result: dict[str, Any], study: Study, data: Data) -> str:
+    """What follows from how well real and synthetic images are told apart."""
+    trial = Trial(ALL, name, 0)
+    (groups, *_) = study.plans(trial, data)[0].phases
+    shares = synthetic_shares(groups, data.y, data.origin, len(data.classes))
+    in_classes = ", ".join(f"{label} {share:.0%}" for label, share in zip(data.classes, shares, strict=True))
+    auc = f"Real and synthetic images ({name}) are told apart with an AUC of {result['auc']:.3f}"
+    if result["auc"] < FAR:
+        return f"{auc}: looks tell little."
+    if max(shares) - min(shares) < 0.02 or study.policy == "pretrain":
+        return (
+            f"{auc}, far from 0.5. Synthetic images are as frequent in every class of a batch ({in_classes}), so "
+            "looking synthetic tells nothing of the label."
+        )
+    return (
+        f"{auc}, far from 0.5, and they are not equally frequent in the classes of a batch ({in_classes}): the label "
+        "may leak through looks, and the net may learn that instead of the disease."
+    )

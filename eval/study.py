@@ -1,0 +1,264 @@
+"""What a downstream study is made of: its images, its trials, and what each trial may draw from."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import AnyStr
+
+import numpy as np
+
+from eval.arms import EXTRA, PLAIN, REAL, UPPER, Group, Mixing, phases_of
+from eval.images import load_images, name_rows
+from eval.leakage import held_out, keys_of, refuse_copies
+from tiger.errors import InputError
+from tiger.manifest import SPLITS, Manifest
+
+ALL = "all"  # the task of telling all classes apart
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The manifests of one fold."""
+
+    real: Manifest
+    fakes: dict[str, Manifest]  # name of the synthetic set -> its rows
+    extra: Manifest | None
+
+    def named(self) -> list[Manifest]:
+        """All of them."""
+        return [self.real, *self.fakes.values(), *([self.extra] if self.extra is not None else [])]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Images that are looked at and never trained on."""
+
+    images: np.ndarray  # (N, S, S) uint8
+    y: np.ndarray  # (N,) class index
+    file_names: np.ndarray  # (N,) str
+    patients: np.ndarray  # (N,) str
+
+    def only(self, rows: np.ndarray) -> "Held":
+        """Those at `rows`."""
+        return Held(self.images[rows], self.y[rows], self.file_names[rows], self.patients[rows])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything that may be trained on, and the two real splits that are looked at."""
+
+    classes: list[str]
+    images: np.ndarray  # (N, S, S) uint8
+    y: np.ndarray  # (N,) class index
+    origin: np.ndarray  # (N,) str: REAL, EXTRA or the name of a synthetic set
+    patients: np.ndarray  # (N,) str
+    keys: list[bytes]  # a digest of each of the images
+    valid: Held | None
+    test: Held
+
+    @cached_property
+    def held_out_key(self) -> str:
+        """Changes with any held-out image or label."""
+        hashed = hashlib.sha256()
+        for held in filter(None, (self.valid, self.test)):
+            hashed.update(b"".join(keys_of(held.images)) + held.y.tobytes())
+        return hashed.hexdigest()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training."""
+
+    task: str  # ALL, or the class that a net of its own tells from the negative one
+    arm: str
+    seed: int
+    fold: int | None = None
+    amount: int | None = None  # synthetic images a class; None: all
+    real_share: float = 1.0  # of the real training patients of each class
+
+    @property
+    def condition(self) -> str:
+        """The arm, with how much of what it had where that is not all."""
+        parts = [self.arm]
+        parts += [f"{self.amount} a class"] if self.amount is not None else []
+        parts += [f"{self.real_share:.4g} of the real"] if self.real_share < 1 else []
+        return ", ".join(parts)
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        parts = [self.arm, *([] if self.task == ALL else [f"task{self.task}"])]
+        parts += [f"amount{self.amount}"] if self.amount is not None else []
+        parts += [f"real{self.real_share:.4g}"] if self.real_share < 1 else []
+        parts += [f"fold{self.fold}"] if self.fold is not None else []
+        return "-".join(parts).replace("/", "_").replace(" ", "_") + f"-seed{self.seed}"
+
+
+def trials(
+    arms: Sequence[str],
+    tasks: Sequence[str],
+    seeds: Sequence[int],
+    folds: Sequence[int | None],
+    amounts: Sequence[int | None],
+    real_shares: Sequence[float],
+) -> Iterator[Trial]:
+    """All combinations, each once, those of a fold together; amounts are for the arms that add images."""
+    for fold in folds:
+        for seed in seeds:
+            for task in tasks:
+                for share in real_shares:
+                    for arm in arms:
+                        for amount in [None] if arm in PLAIN else amounts:
+                            yield Trial(task, arm, seed, fold, amount, share)
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def classes_of(real: Manifest, order: Sequence[str]) -> list[str]:
+    """The classes of the real training rows, in the order given. Raises InputError where a split lacks some."""
+    splits = {split: real.select(split=split) for split in SPLITS}
+    for split in ("train", "test"):
+        if not splits[split].rows:
+            raise InputError(f"{real.path}: no rows in split '{split}'; run `python -m data.prepare split`")
+    present = {str(row.label) for row in splits["train"].rows}
+    classes = sorted(present, key=lambda label: (order.index(label) if label in order else len(order), label))
+    if len(classes) < 2:
+        raise InputError(f"{real.path}: split 'train' has one class only ({classes[0]}); nothing to classify")
+    tested, watched = ({str(row.label) for row in splits[split].rows} for split in ("test", "valid"))
+    if tested != present or watched - present or len(watched) == 1:
+        found = f"train has {sorted(present)}, valid {sorted(watched)}, test {sorted(tested)}"
+        raise InputError(f"{real.path}: {found}; test needs the classes of train, valid two of them or no rows")
+    return classes
+
+
+def load(sources: Sources, classes: list[str], image_size: int) -> Data:
+    """Read all images. Raises InputError where a training image is a copy of a held-out one."""
+    pools = {REAL: sources.real.select(split="train")}
+    pools |= {name: fake.select(labels=classes) for name, fake in sources.fakes.items()}
+    if sources.extra is not None:
+        pools[EXTRA] = sources.extra.select(labels=classes)
+    images = [load_images(pool, image_size) for pool in pools.values()]
+    checked = Manifest(sources.real.path, tuple(held_out(sources.real)))
+    checked_images = load_images(checked, image_size)
+    keys, checked_keys = [keys_of(of_pool) for of_pool in images], keys_of(checked_images)
+    for pool, of_pool in zip(pools.values(), keys, strict=True):
+        refuse_copies(pool, of_pool, checked, checked_keys)
+
+    def column(m: Manifest, value: str) -> np.ndarray:
+        return np.array([getattr(row, value) or row.file_name for row in m.rows], dtype=str)
+
+    def indices(m: Manifest) -> np.ndarray:
+        return np.array([classes.index(str(row.label)) for row in m.rows], dtype=np.int64)
+
+    held = Held(checked_images, indices(checked), column(checked, "file_name"), column(checked, "patient_id"))
+    in_test = np.array([row.split == "test" for row in checked.rows])
+    return Data(
+        classes=classes,
+        images=np.concatenate(images),
+        y=np.concatenate([indices(pool) for pool in pools.values()]),
+        origin=np.repeat(list(pools), [len(pool.rows) for pool in pools.values()]),
+        patients=np.concatenate([column(pool, "patient_id") for pool in pools.values()]),
+        keys=[key for of_pool in keys for key in of_pool],
+        valid=held.only(~in_test) if not in_test.all() else None,
+        test=held.only(in_test),
+    )
+
+
+def refuse_unlabelled(sources: Sources) -> None:
+    """Raise InputError where a row has no label."""
+    for rows in sources.named():
+        if names := [row.file_name for row in rows.rows if row.label is None]:
+            raise InputError(f"{rows.path}: rows without a label: {name_rows(names)}")
+
+
+# ------------------------------------------------------------------------------------------------- what a trial draws
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One trial's part of the data: its classes, and what it draws its batches from."""
+
+    labels: list[str]
+    y: np.ndarray  # (N,) index into `labels`, -1 where an image is none of them
+    phases: list[list[Group]]
+    valid: Held | None
+    test: Held
+
+
+def plan(trial: Trial, data: Data, mixing: Mixing, negative: str) -> Plan:
+    """What a trial trains on and is tested on. Raises InputError where the images do not suffice."""
+    labels = data.classes if trial.task == ALL else [negative, trial.task]
+    lookup = np.array([labels.index(label) if label in labels else -1 for label in data.classes])
+    y = lookup[data.y]
+    keep = (y >= 0) & kept(trial, data)
+    phases = phases_of(trial.arm, mixing, y, np.where(keep, data.origin, ""), labels)
+
+    def part(held: Held) -> Held:
+        chosen = held.only(np.flatnonzero(lookup[held.y] >= 0))
+        return Held(chosen.images, lookup[chosen.y], chosen.file_names, chosen.patients)
+
+    valid = part(data.valid) if data.valid is not None else None
+    if valid is not None and len(np.unique(valid.y)) < 2:
+        valid = None  # nothing to select on
+    return Plan(labels, y, phases, valid, part(data.test))
+
+
+def kept(trial: Trial, data: Data) -> np.ndarray:
+    """(N,) bool: the images that the trial's amount and share leave. Smaller ones lie in larger ones of the same seed.
+
+    Without an amount, further real images are as many of a class as the first synthetic set has, or all there are.
+    """
+    keep = np.ones(len(data.y), bool)
+    sets = [name for name in dict.fromkeys(data.origin.tolist()) if name not in (REAL, EXTRA)]
+    for c, label in enumerate(data.classes):
+        of_class = data.y == c
+        if trial.real_share < 1:
+            real = of_class & (data.origin == REAL)
+            patients = shuffled(sorted(set(data.patients[real])), trial.seed)
+            chosen = patients[: max(1, round(trial.real_share * len(patients)))]
+            keep &= ~real | np.isin(data.patients, chosen)
+        if trial.arm in PLAIN:
+            continue
+        added = np.flatnonzero(of_class & (data.origin == (EXTRA if trial.arm == UPPER else trial.arm)))
+        most = len(added) if trial.amount is None else trial.amount
+        if trial.arm == UPPER and trial.amount is None and sets:
+            most = int((of_class & (data.origin == sets[0])).sum())
+        elif trial.arm != UPPER and len(added) < most:
+            raise InputError(f"arm {trial.arm}: {len(added)} images of class {label}, and --amounts asks for {most}")
+        if most < len(added):
+            place = {key: i for i, key in zip(added, (data.keys[i] for i in added), strict=True)}
+            left = [place[key] for key in shuffled(sorted(place), trial.seed)[:most]]
+            keep[np.setdiff1d(added, left)] = False
+    return keep
+
+
+def shuffled(names: Sequence[AnyStr], seed: int) -> list[AnyStr]:
+    """The names in a random order, in which two of them stand the same way round whatever else is among them."""
+
+    def place(name: AnyStr) -> bytes:
+        text = name.encode() if isinstance(name, str) else name
+        return hashlib.sha256(str(seed).encode() + b"/" + text).digest()
+
+    return sorted(names, key=place)
+
+
+def digest(plan: Plan, data: Data) -> str:
+    """Changes with any image, label or mixing that a training or its test depends on."""
+    hashed = hashlib.sha256(json.dumps([plan.labels, data.images.shape[1:], data.held_out_key]).encode())
+    for groups in plan.phases:
+        for share, rows in groups:
+            hashed.update(f"{share:.9f}".encode() + b"".join(data.keys[i] for i in rows) + plan.y[rows].tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def counts(data: Data) -> dict[str, dict[str, int]]:
+    """Images of each class in each source and split."""
+    sources = dict.fromkeys(data.origin.tolist())
+    found = {"train" if name == REAL else str(name): data.y[data.origin == name] for name in sources}
+    found |= {"test": data.test.y} | ({"valid": data.valid.y} if data.valid is not None else {})
+    tally = {name: Counter(y.tolist()) for name, y in found.items()}
+    return {name: {label: of[c] for c, label in enumerate(data.classes)} for name, of in tally.items()}

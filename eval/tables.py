@@ -1,0 +1,320 @@
+"""The paper's Tables 2 to 5 and Figure 5 from saved results, its own figures beside them where they apply.
+
+    python -m eval.tables --classify runs/classify/report.json --output_dir runs/tables
+    python -m eval.tables --classify R/report.json --quality tiger_f=Q.json sd_controlnet=Q2.json --output_dir T
+
+Tables are written as Markdown, LaTeX, PNG, and CSV with one line a figure; plots as PNG, their figures as CSV.
+    table2   image quality of each synthetic set, by class                               (--quality)
+    table3   AUC of each arm on each binary task, on valid and test
+    table4   accuracy and AUC of each arm on each binary task, on test
+    table5   accuracy, AUC of each class, and Brier score of each arm, all classes at once
+    figure5a AUC by the number of synthetic images                                       (needs --amounts there)
+    figure5b AUC by the number of real images, without and with images added             (needs --real_share there)
+    roc, calibration
+What has not been measured is left out. Nothing is trained: everything comes from the scores and reports given.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval import charts, figures, typeset
+from eval.arms import PLAIN, UPPER, title
+from eval.results import headline
+from eval.typeset import Cell, Table
+from tiger.errors import InputError, run
+from tiger.files import atomic_path, read_json
+
+Report = Mapping[str, Any]
+Published = Mapping[str, Any]
+QUALITY = {  # metric -> column; the paper does not say how it makes one figure of density and coverage
+    "ssim": "SSIM",
+    "cmmd": "CMMD",
+    "geometry_score": "GS",
+    "density": "density",
+    "coverage": "coverage",
+    "density_coverage": "D&C",
+}
+NOTE = "Paper: Dai et al. 2025, on its own clinical images; set beside, not to be compared in level."
+
+
+def published() -> Published:
+    """The paper's figures."""
+    path = Path(__file__).with_name("published.yaml")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def row_name(arm: str, paper: Published) -> str:
+    """An arm's name, or that of a method which only the paper has."""
+    return paper["methods"].get(arm) or title(arm)
+
+
+def ordered(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
+    """The paper's order, our other arms before its generators, further real images last."""
+    own = [arm for arm in ours if arm not in theirs]
+    first = [arm for arm in (*theirs, *own) if arm in PLAIN]
+    rest = [arm for arm in (*own, *theirs) if arm not in first and arm != UPPER]
+    return sorted(first, key=PLAIN.index) + rest + [arm for arm in own if arm == UPPER]
+
+
+def full(report: Report) -> dict[str, Mapping[str, Any]]:
+    """arm -> its figures with the most synthetic images and the most real ones that were tried."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for entry in sorted(report["arms"].values(), key=lambda of: (of["real_share"], of["amount"] or 0)):
+        found[entry["arm"]] = entry
+    return {arm: found[arm] for arm in dict.fromkeys(of["arm"] for of in report["arms"].values())}
+
+
+def cell(of: Mapping[str, Any] | None, name: str, paper: Any, p: float | None = None) -> Cell:
+    """One figure of an arm with the paper's beside it."""
+    entry = of.get(name) if of is not None else None
+    if entry is None:
+        return Cell(paper=paper)
+    return Cell(entry["value"], entry["low"], entry["high"], p, paper)
+
+
+def adjusted_p(
+    report: Report, figure: str, of: Mapping[str, Any] | None, against: Mapping[str, Any] | None
+) -> float | None:
+    """Holm's p of the difference of two conditions; None where they were not compared."""
+    if of is None or against is None:
+        return None
+    pair = {of["condition"], against["condition"]}
+    tests = (one for one in report["comparisons"] if one["figure"] == figure and {one["arm"], one["against"]} == pair)
+    return next((one["p_holm"] for one in tests), None)
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def table2(quality: Mapping[str, Report], paper: Published) -> Table:
+    """Synthetic sets by classes and metrics."""
+    classes = list(dict.fromkeys(label for report in quality.values() for label in report["per_class"]))
+    theirs = [arm for arm, of in paper["table2"].items() if set(of) & set(classes)]
+    rows = {}
+    for arm in ordered(list(quality), theirs):
+        cells = []
+        for label in classes:
+            of = quality[arm]["per_class"].get(label, {}) if arm in quality else {}
+            known = paper["table2"].get(arm, {}).get(label, {})
+            pairs = of.get("ssim", {})  # of several pairings, that with the same map
+            found = of | {"ssim": pairs.get("condition") or pairs.get("random")}
+            cells += [Cell(of.get("n")), *(cell(found, name, known.get(name)) for name in QUALITY)]
+        rows[row_name(arm, paper)] = cells
+    columns = [(label, text) for label in classes for text in ("n", *QUALITY.values())]
+    extractors = ", ".join(dict.fromkeys(report["extractor"] for report in quality.values()))
+    caption = (
+        "Image quality by class. SSIM: with the real image whose Sobel map it was drawn after, else with a random one. "
+        f"GS: geometry score. Features of {extractors}. {NOTE}"
+    )
+    return Table("table2", caption, columns, rows)
+
+
+def table3(report: Report, paper: Published, against: str) -> Table:
+    """Arms by binary tasks, valid and test."""
+    arms, tasks = full(report), list(headline(report))
+    theirs = [arm for arm, of in paper["table3"].items() if set(of) & set(tasks)]
+    rows = {}
+    for arm in ordered(list(arms), theirs):
+        cells = []
+        for task in tasks:
+            known = paper["table3"].get(arm, {}).get(task, {})
+            p = adjusted_p(report, f"auc {task}", arms.get(arm), arms.get(against))
+            cells.append(cell(arms.get(arm), f"valid auc {task}", known.get("valid")))
+            cells.append(cell(arms.get(arm), f"auc {task}", known.get("test"), p))
+        rows[row_name(arm, paper)] = cells
+    caption = (
+        f"AUROC (95 % CI) by augmentation. {sizes(report)} p: against {title(against)}, adjusted after Holm. {NOTE}"
+    )
+    return Table("table3", caption, [(task, split) for task in tasks for split in ("valid", "test")], rows)
+
+
+def table4(report: Report, paper: Published) -> Table:
+    """Arms by binary tasks, accuracy and AUC."""
+    arms, tasks = full(report), list(headline(report))
+    theirs = [arm for arm, of in paper["table4"].items() if set(of) & set(tasks)]
+    shown = {"accuracy": "accuracy", "auc": "AUC"}
+    rows = {
+        row_name(arm, paper): [
+            cell(arms.get(arm), f"{name} {task}", paper["table4"].get(arm, {}).get(task, {}).get(name))
+            for task in tasks
+            for name in shown
+        ]
+        for arm in ordered(list(arms), theirs)
+    }
+    columns = [(task, text) for task in tasks for text in shown.values()]
+    return Table("table4", f"Test accuracy and AUROC (95 % CI). {sizes(report)} {NOTE}", columns, rows)
+
+
+def table5(report: Report, paper: Published) -> Table:
+    """Arms by figures of all classes at once."""
+    arms = {arm: of for arm, of in full(report).items() if "macro_auc" in of}
+    classes = list(report["n"]["train"])
+    shown = {"accuracy": ("", "accuracy"), "macro_auc": ("AUC", "mean")}
+    shown |= {f"auc {label}": ("AUC", label) for label in classes} | {"brier": ("", "Brier score")}
+    applies = all(name in paper["table5"]["none"] for name in shown)
+    known = paper["table5"] if applies else {}
+    rows = {
+        row_name(arm, paper): [cell(arms.get(arm), name, known.get(arm, {}).get(name)) for name in shown]
+        for arm in ordered(list(arms), list(known))
+    }
+    caption = f"{len(classes)} classes at once, each against all others. {sizes(report)}" + (
+        f" {NOTE}" if applies else ""
+    )
+    return Table("table5", caption, list(shown.values()), rows)
+
+
+def sizes(report: Report) -> str:
+    """How many images and patients the figures are of."""
+    n = ", ".join(f"{label} {count}" for label, count in report["n"]["test"].items())
+    settings = report["settings"]
+    seeds, folds = len(settings["seeds"]), f", {settings['folds']} folds" if settings["folds"] else ""
+    return (
+        f"{settings['model']}, {settings['image_size']} px, {seeds} seed{'s' * (seeds > 1)}{folds}; test images: {n}; "
+        f"{report['patients_test']} patients."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+Curves = dict[str, dict[str, list[tuple[float, Mapping[str, float]]]]]  # task -> line -> (x, estimate)
+
+
+def figure5a(report: Report) -> Curves:
+    """AUC by synthetic images a class, of the largest real share; oversampling is no such image."""
+    entries = list(report["arms"].values())
+    most = max(of["real_share"] for of in entries)
+    entries = [of for of in entries if of["real_share"] == most]
+    added = [of for of in entries if of["amount"] is not None]
+    start = next((of for of in entries if of["arm"] == "oversampling"), None)
+    curves: Curves = {}
+    for task in headline(report):
+        for arm in dict.fromkeys(of["arm"] for of in added):
+            points = [(of["amount"], of[f"auc {task}"]) for of in added if of["arm"] == arm]
+            points += [(0, start[f"auc {task}"])] if start is not None else []
+            curves.setdefault(task, {})[title(arm)] = sorted(points, key=lambda point: point[0])
+    return curves if len({of["amount"] for of in added}) > 1 else {}
+
+
+def figure5b(report: Report) -> Curves:
+    """AUC by real images a class, of the real images alone (the paper's task 1) and with images added (2, 3 and 4)."""
+    shares = sorted({of["real_share"] for of in report["arms"].values()})
+    curves: Curves = {}
+    for task in headline(report) if len(shares) > 1 else ():
+        for condition, of in report["arms"].items():
+            line = title(condition.partition(f", {of['real_share']:.4g} of")[0])
+            count = of["real_share"] * sum(report["n"]["train"].values())
+            curves.setdefault(task, {}).setdefault(line, []).append((count, of[f"auc {task}"]))
+    return {
+        task: {line: sorted(points, key=lambda point: point[0]) for line, points in of.items()}
+        for task, of in curves.items()
+    }
+
+
+def write_curves(name: str, curves: Curves, x: str, folder: Path) -> None:
+    """<name>.png, and <name>.csv with its figures."""
+    lines = ["task,line,x,value,low,high"]
+    for task, of in curves.items():
+        for line, points in of.items():
+            lines += [f'"{task}","{line}",{at:g},{e["value"]},{e["low"]},{e["high"]}' for at, e in points]
+    with atomic_path(folder / f"{name}.csv") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    drawn = {
+        task: {line: [(at, e["value"], e["low"], e["high"]) for at, e in points] for line, points in of.items()}
+        for task, of in curves.items()
+    }
+    write_png(folder / f"{name}.png", charts.band_chart(drawn, x, "test AUC"))
+
+
+def write_png(path: Path, png: bytes) -> None:
+    """Write a picture, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(png)
+
+
+def write_plots(report: Report, runs: Sequence[figures.Run], paper: Published, folder: Path) -> None:
+    """Every plot for which there is something to draw."""
+    plots = (("figure5a", figure5a(report), "synthetic images a class"), ("figure5b", figure5b(report), "real images"))
+    drawn = [name for name, curves, x in plots if curves]
+    for name, curves, x in plots:
+        if curves:
+            write_curves(name, curves, x, folder)
+    if drawn:
+        lines = [*(f"![{name}]({name}.png)" for name in drawn), f"{sizes(report)} Paper:", *paper["figure5"]]
+        with atomic_path(folder / "figure5.md") as temporary:
+            temporary.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    negative = report["settings"]["negative"]
+    for name, found, draw in (
+        ("roc", figures.roc_curves(runs, negative), charts.roc_chart),
+        ("calibration", figures.calibration_curves(runs, negative), charts.calibration_chart),
+    ):
+        if found:
+            named = {task: {title(arm): curve for arm, curve in of.items()} for task, of in found.items()}
+            write_png(folder / f"{name}.png", draw(named))
+
+
+# ---------------------------------------------------------------------------------------------------------------- CLI
+
+
+def _read(path: str, holds: str) -> Report:
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    report = read_json(path)
+    if not isinstance(report, dict) or holds not in report:
+        raise InputError(f"{path}: has no '{holds}'; give a report of the right kind, made by this version")
+    return report
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m eval.tables",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--classify", help="report of eval.classify, with its scores/ beside it")
+    parser.add_argument(
+        "--quality", nargs="+", default=[], help="reports of eval.quality, each ARM=FILE, or FILE for tiger_f"
+    )
+    parser.add_argument(
+        "--against", default="oversampling", help="arm that p-values are against (default: %(default)s)"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the tables")
+    parser.add_argument("--dry_run", action="store_true", help="read everything and write nothing")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    args = _parser().parse_args(argv)
+    if not args.classify and not args.quality:
+        raise InputError("give --classify, --quality or both")
+    paper = published()
+    given = [text.partition("=") if "=" in text else ("tiger_f", "=", text) for text in args.quality]
+    quality = {arm: _read(file, "per_class") for arm, _, file in given}
+    report = _read(args.classify, "comparisons") if args.classify else None
+    tables = [table2(quality, paper)] if quality else []
+    runs = []
+    if report is not None:
+        runs = figures.read_runs(Path(args.classify).parent, report["runs"])
+        if headline(report):
+            tables += [table3(report, paper, args.against), table4(report, paper)]
+        if any("macro_auc" in of for of in report["arms"].values()):
+            tables.append(table5(report, paper))
+    if args.dry_run:
+        print(f"{', '.join(table.name for table in tables)}: can be made; nothing written")
+        return
+    for table in tables:
+        typeset.write(table, args.output_dir)
+    if report is not None:
+        write_plots(report, runs, paper, args.output_dir)
+    print(f"wrote {', '.join(sorted(path.name for path in args.output_dir.iterdir()))} to {args.output_dir}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,171 @@
+"""The paper's tables and figures from saved results."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from eval_samples import write_dataset
+from PIL import Image
+
+from eval import classify, tables, typeset
+from eval.typeset import Cell, Table
+from tiger.errors import run
+from tiger.files import read_json, write_json
+
+CLASSES = ("benign", "FTC")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of a small study with two amounts and two shares of the real images, and one of quality."""
+    root = tmp_path_factory.mktemp("tables")
+    held_out = {split: dict.fromkeys(CLASSES, 8) for split in ("valid", "test")}
+    real = write_dataset(root / "real", {"train": {"benign": 12, "FTC": 8}, **held_out}, size=16)
+    sources = [row.file_name for row in real.select(split="train").rows]
+    write_dataset(
+        root / "fake",
+        {"train": dict.fromkeys(CLASSES, 4)},
+        seed=1,
+        size=16,
+        synthetic=True,
+        prefix="S",
+        sources=sources,
+    )
+    write_dataset(root / "extra", {"train": dict.fromkeys(CLASSES, 6)}, seed=2, size=16, prefix="E")
+    given = [
+        "--real",
+        root / "real",
+        "--fake",
+        root / "fake",
+        "--extra_real",
+        root / "extra",
+        "--output",
+        root / "report.json",
+    ]
+    small = ["--model", "resnet18", "--image_size", "16", "--train_batch_size", "8", "--max_train_steps", "1"]
+    sweep = ["--amounts", "2,4", "--real_share", "0.5,1", "--resamples", "40", "--no_realism"]
+    classify.main([*map(str, given), *small, *sweep])
+    estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
+    metrics = dict.fromkeys(("cmmd", "density", "coverage", "geometry_score"), estimate)
+    of_class = metrics | {
+        "n": 60,
+        "ssim": {"random": estimate | {"value": 0.1}, "condition": estimate | {"value": 0.7}},
+    }
+    write_json(root / "quality.json", {"extractor": "E", "per_class": {"PTC": of_class, "FTC": of_class}})
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(study: Path) -> Path:
+    """The folder of tables."""
+    output = study / "tables"
+    given = ["--classify", str(study / "report.json"), "--quality", f"sd_controlnet={study / 'quality.json'}"]
+    tables.main([*given, "--output_dir", str(output)])
+    return output
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_table_in_every_form_and_every_plot(made: Path) -> None:
+    names = {f"table{i}.{suffix}" for i in range(2, 6) for suffix in ("md", "csv", "tex", "png")}
+    names |= {f"figure5{part}.{suffix}" for part in "ab" for suffix in ("csv", "png")} | {
+        "roc.png",
+        "calibration.png",
+        "figure5.md",
+    }
+    assert {path.name for path in made.iterdir()} == names
+    for path in made.glob("*.png"):
+        with Image.open(path) as image:
+            assert min(image.size) > 100
+    for path in made.glob("*.tex"):
+        text = path.read_text()
+        assert text.count(r"\begin{") == text.count(r"\end{") and text.count("{") == text.count("}")
+
+
+def test_table3_has_our_figures_and_the_papers(study: Path, made: Path) -> None:
+    report = read_json(study / "report.json")
+    found = {(line["row"], line["column"]): line for line in lines(made / "table3.csv")}
+    ours = report["arms"]["tiger_f, 4 a class"]["auc benign vs FTC"]  # the largest amount, all real images
+    test = found["Tiger-F", "test"]
+    assert [float(test[name]) for name in ("value", "low", "high")] == [ours[name] for name in ("value", "low", "high")]
+    assert [test[name] for name in ("paper", "paper_low", "paper_high")] == ["0.8442", "0.75", "0.85"]
+    assert (
+        float(found["Tiger-F", "valid"]["value"])
+        == report["arms"]["tiger_f, 4 a class"]["valid auc benign vs FTC"]["value"]
+    )
+    (pair,) = [
+        one
+        for one in report["comparisons"]
+        if one["figure"] == "auc benign vs FTC"
+        and (one["arm"], one["against"]) == ("tiger_f, 4 a class", "oversampling")
+    ]
+    assert float(test["p"]) == pair["p_holm"]
+    assert found["PG-GAN", "test"]["paper"] == "0.6732" and not found["PG-GAN", "test"]["value"]
+    assert found["real images as they are", "test"]["paper"] == "0.7364"
+    assert not found["oversampling", "test"]["paper"]  # not an arm of the paper
+    rows = list(dict.fromkeys(line["row"] for line in lines(made / "table3.csv")))
+    assert rows[:2] == ["real images as they are", "oversampling"] and rows[-1] == "further real images"
+    text = (made / "table3.md").read_text()
+    assert "test images: benign 8, FTC 8; 8 patients" in text and "paper 0.844 (0.750–0.850)" in text
+
+
+def test_table2_takes_the_pairing_with_the_same_map(made: Path) -> None:
+    found = {(line["row"], line["group"], line["column"]): line for line in lines(made / "table2.csv")}
+    ssim = found["Stable Diffusion + ControlNet", "FTC", "SSIM"]
+    assert (ssim["value"], ssim["paper"]) == ("0.7", "0.68")
+    assert found["Stable Diffusion + ControlNet", "FTC", "n"]["value"] == "60"
+    assert found["Stable Diffusion + ControlNet", "PTC", "GS"]["paper"] == "0.000728"
+    assert found["Tiger-F", "FTC", "CMMD"]["paper"] == "0.32"
+
+
+def test_table5_has_all_classes_and_no_figures_of_other_diseases(study: Path, made: Path) -> None:
+    found = lines(made / "table5.csv")
+    assert {line["column"] for line in found} == {"accuracy", "mean", "benign", "FTC", "Brier score"}
+    assert not any(line["paper"] for line in found)
+    classes = ("Bronchitis", "Pneumonia", "Broncho-pneumonia", "Bronchiolitis")
+    report = json.loads(json.dumps(read_json(study / "report.json")))
+    report["n"] = {name: dict.fromkeys(classes, 5) for name in ("train", "test")}
+    table = tables.table5(report, tables.published())
+    assert table.rows["Tiger-F"][0].paper == [0.8229, 0.81, 0.84]
+
+
+def test_figure5_has_a_point_for_each_amount_and_share(made: Path) -> None:
+    a, b = lines(made / "figure5a.csv"), lines(made / "figure5b.csv")
+    assert [line["x"] for line in a if line["line"] == "Tiger-F"] == ["0", "2", "4"]  # 0: oversampling
+    assert {line["line"] for line in b} >= {
+        "oversampling",
+        "Tiger-F, 2 a class",
+        "Tiger-F, 4 a class",
+        "further real images, 4 a class",
+    }
+    assert [line["x"] for line in b if line["line"] == "oversampling"] == ["10", "20"]
+
+
+def test_what_cannot_be_made_is_one_line(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = ["--output_dir", str(tmp_path / "t")]
+    assert run(tables.main, output) == 2
+    assert run(tables.main, ["--classify", str(study / "quality.json"), *output]) == 2
+    shutil.copy(study / "report.json", tmp_path / "report.json")
+    assert run(tables.main, ["--classify", str(tmp_path / "report.json"), *output]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3
+    assert (
+        "give --classify" in errors[0]
+        and "has no 'comparisons'" in errors[1]
+        and "lacks none-real0.5-seed0" in errors[2]
+    )
+    tables.main(["--classify", str(study / "report.json"), "--dry_run", *output])
+    assert not (tmp_path / "t").exists()
+
+
+def test_special_signs_survive_latex() -> None:
+    table = Table("t", "50 % of a_b & {c}", [("g", "↓ <x>")], {"row#1": [Cell(0.5, 0.4, 0.6, 0.0001), Cell(None)][:1]})
+    text = typeset.latex(table)
+    assert r"50 \% of a\_b \& \{c\}" in text and r"row\#1" in text and r"$\downarrow$ $<$x$>$" in text
+    assert r"\makecell[t]{0.500 [0.400, 0.600] \\ p $<$ 0.001}" in text
+    assert "| row#1 | 0.500 [0.400, 0.600]<br>p < 0.001 |" in typeset.markdown(table)
