@@ -8,7 +8,13 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPECTED = {"1gpu": ("NO", 1, 1), "8gpu": ("MULTI_GPU", 8, 1), "multinode": ("MULTI_GPU", 16, 2)}
+EXPECTED = {
+    "1gpu": ("NO", 1, 1),
+    "8gpu": ("MULTI_GPU", 8, 1),
+    "fsdp2": ("FSDP", 8, 1),
+    "multinode": ("MULTI_GPU", 16, 2),
+    "zero2": ("FSDP", 8, 1),
+}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
