@@ -22,17 +22,17 @@ stages() {
     stage data "phantom ultrasound with known truth, a long tail of classes" \
         python -m data.prepare phantom --output_dir "$R/data" --preset longtail --count 1200 --seed 3 # 40 s
     stage extra "further real images, for the upper bound" \
-        python -m data.prepare phantom --output_dir "$R/extra" --preset balanced --count 1200 --seed 4 # 20 s
+        python -m data.prepare phantom --output_dir "$R/extra" --preset balanced --count 1000 --seed 4 # 12 s
     stage pretrain "coarse training: the U-Net learns the data's prompts" \
         bash pretrain.sh --config configs/pretrain-tiny.yaml --data_dir "$R/data" --pretrained_model assets/tiny-base \
         --output_dir "$R/pretrain" --cache_dir "$R/cache" --seed 0 # 150 s
     stage finetune "fine training: both control encoders and their fusion" \
         bash finetune.sh --config configs/finetune-tiny.yaml --data_dir "$R/data" --pretrained_model "$R/pretrain" \
-        --output_dir "$R/finetune" --cache_dir "$R/cache" --seed 0 # 300 s
+        --output_dir "$R/finetune" --cache_dir "$R/cache" --seed 0 # 240 s
     stage generated "synthesis" \
         python generation.py --model "$R/finetune" --data_dir "$R/data" --output_dir "$R/generated" \
-        --count benign=150,PTC=150,FTC=300,MTC=300 --steps 16 --scheduler dpmsolver++ --guidance_scale 2 \
-        --batch_size 25 --seed 0 # 130 s
+        --count benign=100,PTC=100,FTC=250,MTC=250 --steps 16 --scheduler dpmsolver++ --guidance_scale 2 \
+        --batch_size 25 --seed 0 # 115 s
     stage quality.json "image quality" \
         python -m eval.quality --real "$R/data" --fake "$R/generated" --output "$R/quality.json" # 25 s
     stage control.json "control: masks, maps and prompts against what the images show" \
