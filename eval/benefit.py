@@ -5,7 +5,7 @@ from typing import Any
 
 from eval import charts, figures
 from eval.arms import title
-from eval.html import bounds, bracket, cell, escape, image, made_by, number, section, table
+from eval.html import bounds, bracket, cell, difference, escape, image, made_by, number, section, table
 from eval.results import Results, headline
 
 OPERATING = {
@@ -147,7 +147,9 @@ def pairs_table(report: Mapping[str, Any]) -> str:
         [
             escape(f"{title(arm)} − {title(against)}"),
             *(
-                cell(of[name], f"p {p_value(of[name]['p'])}, Holm {p_value(of[name]['p_holm'])}") if name in of else ""
+                difference(of[name], f"p {p_value(of[name]['p'])}, Holm {p_value(of[name]['p_holm'])}")
+                if name in of
+                else ""
                 for name in shown
             ),
         ]

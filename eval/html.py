@@ -55,7 +55,18 @@ def bracket(entry: Mapping[str, float]) -> str:
 
 def cell(entry: Mapping[str, float], *notes: str) -> str:
     """A value, below it its interval, and below that notes."""
-    return "<br>".join([number(entry["value"]), *(f"<small>{line}</small>" for line in (bracket(entry), *notes))])
+    return stacked(number(entry["value"]), bracket(entry), *notes)
+
+
+def difference(entry: Mapping[str, float], *notes: str) -> str:
+    """The same of a difference: "+0.025", below it "[+0.002, +0.048]"."""
+    value, low, high = (f"{entry[name]:+.3f}" for name in ("value", "low", "high"))
+    return stacked(value, f"[{low}, {high}]", *notes)
+
+
+def stacked(value: str, *notes: str) -> str:
+    """A value with notes below it."""
+    return "<br>".join([value, *(f"<small>{line}</small>" for line in notes)])
 
 
 def number(value: float | None) -> str:
