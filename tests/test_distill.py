@@ -212,6 +212,7 @@ def test_the_student_comes_to_draw_in_one_step_what_the_teacher_draws_in_many(te
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.parametrize("layout", ["sd15", "sd21"])  # the third is the student's
 def test_every_layout_trains_and_loads(layout, teachers, data, tmp_path):
     train(teachers[layout], data, tmp_path, validation_steps=2, use_ema="true")
     assert (tmp_path / "validation" / "step-2.png").exists()

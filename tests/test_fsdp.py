@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import launch, shard
+from processes import launch, nothing, shard
 from safetensors.torch import load_file
 from training_samples import differing, flags, save_base, save_data
 
@@ -99,12 +99,13 @@ def test_half_precision_is_the_same_with_and_without_sharding(base, data, tmp_pa
         pretrained_model=base, data_dir=data, checkpointing_steps=2, validation_steps=2, learning_rate=1e-4,
         cache_dir=tmp_path / "cache", gradient_checkpointing="true",
     )  # fmt: skip
-    for name, world, prepare in (("one", 1, bf16), ("two", 2, zero2_bf16)):
+    logs = {}
+    for name, world, prepare in (("exact", 1, nothing), ("one", 1, bf16), ("two", 2, zero2_bf16)):
         cut = [f"--output_dir={tmp_path / name}", f"--train_batch_size={4 // world}"]
-        codes = launch(finetune.main, [*argv, *cut], world, tmp_path, prepare, seconds=900)
+        codes = launch(pretrain.main, [*argv, *cut], world, tmp_path, prepare, seconds=900)
         assert codes == [0] * world, (tmp_path / "0.txt").read_text()
-    one, two = (read_log(tmp_path / run) for run in ("one", "two"))
-    for name in ("loss_fg", "loss_bg", "grad_norm"):
-        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-2)
-    weights = load_file(tmp_path / "two" / "checkpoint-2" / ENCODER)
+        logs[name] = [line[key] for line in read_log(tmp_path / name) for key in ("loss", "grad_norm")]
+    exact, one, two = (torch.tensor(logs[name]) for name in ("exact", "one", "two"))
+    assert (two - one).norm() < 0.2 * (one - exact).norm()
+    weights = load_file(tmp_path / "two" / "checkpoint-2" / UNET)
     assert {value.dtype for value in weights.values()} == {torch.float32}
