@@ -96,7 +96,8 @@ def test_shared_out_it_trains_as_one_and_resumes_bit_equal(kind, base, data, tmp
 def test_half_precision_is_the_same_with_and_without_sharding(base, data, tmp_path):
     """Computed under autocast in both, and what is trained stays in float32.
 
-    The first loss alone is compared: gradients carry a rounding that depends on how a batch is cut up.
+    The first step alone is compared. Gradients carry a rounding that depends on how a batch is cut up, yet less of it
+    than where FSDP's own policy lowers every layer.
     """
     argv = flags(
         pretrained_model=base, data_dir=data, checkpointing_steps=2, validation_steps=2, learning_rate=1e-4,
@@ -107,7 +108,9 @@ def test_half_precision_is_the_same_with_and_without_sharding(base, data, tmp_pa
         cut = [f"--output_dir={tmp_path / name}", f"--train_batch_size={4 // world}"]
         codes = launch(pretrain.main, [*argv, *cut], world, tmp_path, prepare, seconds=900)
         assert codes == [0] * world, (tmp_path / "0.txt").read_text()
-        first[name] = read_log(tmp_path / name)[0]["loss"]
-    assert abs(first["two"] - first["one"]) < 0.2 * abs(first["one"] - first["exact"])
+        first[name] = read_log(tmp_path / name)[0]
+    exact, one, two = (first[name]["loss"] for name in ("exact", "one", "two"))
+    assert abs(two - one) < 0.2 * abs(one - exact)
+    assert first["two"]["grad_norm"] == pytest.approx(first["one"]["grad_norm"], rel=3e-4)
     weights = load_file(tmp_path / "two" / "checkpoint-2" / UNET)
     assert {value.dtype for value in weights.values()} == {torch.float32}
