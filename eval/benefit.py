@@ -241,8 +241,8 @@ def realism_text(report: Mapping[str, Any]) -> str:
     lines = [
         f"<p>{escape(title(name))}: {entry['model']} on images of {entry['image_size']} px, trained for "
         f"{entry['max_train_steps']:,} steps on {entry['n_train']:,} images, half of them synthetic, tells them apart "
-        f"with an AUC of <b>{number(entry['auc'])}</b> <small>{bracket(entry)}</small> on {entry['n_test']:,} others; "
-        f"0.5 would be perfect realism. {escape(entry['text'])}</p>"
+        f"with an AUC of <b>{number(entry['auc'])}</b> <small>{bracket(entry)}</small> on {entry['n_test']:,} others"
+        f"{', a mean of folds' if 'folds' in entry else ''}; 0.5 would be perfect realism. {escape(entry['text'])}</p>"
         for name, entry in report["real_vs_synthetic"].items()
     ]
     return "<h3>Can synthetic images be told from real ones?</h3>" + "".join(lines)

@@ -31,14 +31,18 @@ class Recipe:
     train_batch_size: int = 32  # images
     learning_rate: float = 1e-3  # peak; warm-up, then cosine to 0
     validations: int = 5  # times that the valid split is looked at, evenly spread; the best state is kept
+    bf16: bool = False  # trainings under autocast to bfloat16; what is measured stays float32
 
     def __post_init__(self) -> None:
         if self.weights and not Path(self.weights).is_file():
             raise InputError(f"{self.weights}: no such file; give a local checkpoint, or none to train from scratch")
+        if self.bf16 and device().type == "cpu":
+            raise InputError("--bf16: there is no GPU here, and a CPU gains nothing by it; leave it out")
 
     def settings(self) -> dict[str, Any]:
-        """All of it as JSON, the weights by their content."""
-        return asdict(self) | {"weights": _digest(self.weights) if self.weights else None}
+        """All of it as JSON, the weights by their content; bf16 only where it is on, as older scores know none."""
+        settings = asdict(self) | {"weights": _digest(self.weights) if self.weights else None}
+        return settings if self.bf16 else {name: value for name, value in settings.items() if name != "bf16"}
 
 
 @cache
@@ -173,6 +177,7 @@ def train(
         weight_decay=0.05,
         validate=validate if valid is not None else None,
         validation_steps=max(1, recipe.max_train_steps // recipe.validations),
+        bf16=recipe.bf16,
     )
     if best["state"] is not None:
         net.load_state_dict(best["state"])

@@ -37,7 +37,16 @@ from eval import figures, runs
 from eval.arms import AUGMENTATIONS, PLAIN, POLICIES, UPPER
 from eval.classifier import MODELS, Recipe
 from eval.runs import SHARES, Study
-from eval.sources import c2st, looks, rare_classes, read_sources, synthetic_sets
+from eval.sources import (
+    Test,
+    c2st,
+    c2st_settings,
+    looks,
+    mean_of_folds,
+    rare_classes,
+    read_sources,
+    synthetic_sets,
+)
 from eval.study import ALL, Data, Sources, Trial, classes_of, counts, load, trials
 from tiger.errors import InputError
 from tiger.errors import run as run_main
@@ -113,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--knowledge", help="knowledge base, for the order of the classes", default="thyroid")
     add("--resamples", help="bootstrap resamples", type=int, default=1000)
     add("--shard", help="k/n makes the k-th of n parts, k = 0 … n-1", default="0/1")
+    parser.add_argument("--bf16", action="store_true", help="train in mixed precision, on a GPU")
     parser.add_argument("--save_models", action="store_true", help="keep each classifier in models/ beside the report")
     parser.add_argument("--no_realism", action="store_true", help="leave out the real-versus-synthetic classifier")
     parser.add_argument("--dry_run", action="store_true", help="check everything and train nothing")
@@ -152,7 +162,9 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = parse(argv)
     shard = runs.parse_shard(args.shard)
-    recipe = Recipe(args.model, args.weights, args.max_train_steps, args.train_batch_size, args.learning_rate)
+    recipe = Recipe(
+        args.model, args.weights, args.max_train_steps, args.train_batch_size, args.learning_rate, bf16=args.bf16
+    )
     folds: list[int | None] = [None] if args.folds is None else list(range(args.folds))
     sources = {fold: read_sources(args, fold) for fold in folds}  # every fold is checked before the first training
     classes = check_classes(args, sources)
@@ -167,16 +179,21 @@ def main(argv: list[str] | None = None) -> None:
         save_models=args.save_models,
     )
     work = list(trials(args.arms, args.tasks, args.seeds, folds, args.amounts or [None], args.real_share))
-    first = train(study, work, sources, classes, shard, args.dry_run)
+    first, tests = train(args, study, work, sources, classes, shard)
     if args.dry_run:
         print(f"{json.dumps(counts(first))}: fine; {len(work)} trainings of {', '.join(args.arms)}; nothing trained")
         return
-    tested = [name for name in sources[folds[0]].fakes if name in args.arms and not args.no_realism]
-    real_vs = {name: c2st(args, study, sources[folds[0]], first, name) for name in tested[shard[0] :: shard[1]]}
+
+    def told_apart(test: Test) -> dict[str, Any]:
+        return c2st(args, study, sources[test[1]], classes, test, tests[test])
+
+    for test in list(tests)[shard[0] :: shard[1]]:
+        told_apart(test)
     if left := [trial.name for trial in work if not study.is_done(trial)]:
         print(f"{len(left)} of {len(work)} trainings are not there yet, such as {left[0]}; the report waits for them")
         return
-    real_vs |= {name: c2st(args, study, sources[folds[0]], first, name) for name in tested if name not in real_vs}
+    names = dict.fromkeys(name for name, _ in tests)
+    real_vs = {name: mean_of_folds([told_apart(test) for test in tests if test[0] == name]) for name in names}
     command = f"python -m eval.classify {shlex.join(sys.argv[1:] if argv is None else argv)}"
     report = report_of(args, study, work, first, real_vs)
     write_json(args.output, {"command": command} | report)
@@ -188,25 +205,32 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(
+    args: argparse.Namespace,
     study: Study,
     work: Sequence[Trial],
     sources: dict[int | None, Sources],
     classes: list[str],
     shard: tuple[int, int],
-    dry_run: bool,
-) -> Data:
-    """Make what this shard lacks of the work, one fold after the other; returns the images of the first fold."""
+) -> tuple[Data, dict[Test, dict[str, Any]]]:
+    """Make what this shard lacks of the work, one fold after the other.
+
+    Returns the images of the first fold, and the settings of every test of real against synthetic images.
+    """
     first: Data | None = None
+    tests: dict[Test, dict[str, Any]] = {}
     for fold, of_fold in sources.items():
         data = load(of_fold, classes, study.image_size)
         first = first or data
         mine = [trial for trial in work if trial.fold == fold]
         settings = runs.refuse_changes(study, mine, data)
-        for trial in [] if dry_run else mine[shard[0] :: shard[1]]:
+        for trial in [] if args.dry_run else mine[shard[0] :: shard[1]]:
             if not study.is_done(trial):
                 runs.run(study, trial, data, settings[trial])
+        for name in of_fold.fakes:
+            if name in args.arms and not args.no_realism:
+                tests[name, fold] = c2st_settings(args, study, of_fold, data, name)
     assert first is not None
-    return first
+    return first, tests
 
 
 def check_classes(args: argparse.Namespace, sources: dict[int | None, Sources]) -> list[str]:

@@ -6,7 +6,8 @@
 
 `evaluate` gives the CLIP score (that of other images' texts beside it) and, category by category, how often the term
 that CLIP thinks likeliest is the one the image was asked for: the paper's automated Turing test 3. Both also for real
-test images, as no generator can be asked for more. The folder is one of transformers, so it serves `--extractor` too.
+test images, as no generator can be asked for more: in the categories that are not `able` there, CLIP knows nothing, and
+its agreement says nothing. The folder is one of transformers, so it serves `--extractor` too.
 """
 
 import argparse
@@ -214,8 +215,9 @@ def measure(clip: Clip, manifest: Manifest, knowledge: Knowledge, patient_of: di
 
     clip_score: 100 · max(0, cosine) of each image and its text (Hessel et al. 2021, without their factor of 2.5).
     shuffled: the same with the text of another row.
-    agreement: the plain mean over categories of accuracies; by_label the same for each class; categories: each, with
-        `majority`, what always naming the most frequent term would give.
+    agreement: the plain mean over categories of accuracies; agreement_shuffled: the same against what another row says;
+        by_label: agreement for each class; categories: each, with `majority`, what always naming the most frequent term
+        would give.
     """
     images = load_images(manifest, clip.size)
     pictures = torch.cat([clip.embed_images(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])  # (N, D)
@@ -230,6 +232,7 @@ def measure(clip: Clip, manifest: Manifest, knowledge: Knowledge, patient_of: di
         return 100 * (pictures * texts).sum(1).clamp(min=0).cpu().numpy()
 
     hits: dict[str, np.ndarray] = {}  # category -> (N,) 1, 0 or nan where the row does not state it
+    chance: list[float] = []  # of each category
     categories: dict[str, dict[str, float]] = {}
     for name, category in knowledge.categories.items():
         terms = list(category.terms)
@@ -239,6 +242,7 @@ def measure(clip: Clip, manifest: Manifest, knowledge: Knowledge, patient_of: di
         found = (pictures @ clip.embed_texts(terms).T).argmax(1).cpu().numpy()
         known = stated >= 0
         hits[name] = np.where(known, found == stated, np.nan)
+        chance.append(float((found == stated[other])[stated[other] >= 0].mean()))
         categories[name] = statistics.mean_ci(hits[name][known], np.array(groups)[known])
         categories[name]["majority"] = float(np.bincount(stated[known]).max() / known.sum())
     labels = np.array([str(row.label) for row in manifest.rows])
@@ -252,6 +256,7 @@ def measure(clip: Clip, manifest: Manifest, knowledge: Knowledge, patient_of: di
         "clip_score": statistics.mean_ci(scores(spoken), groups),
         "shuffled": statistics.mean_ci(scores(spoken[torch.from_numpy(other).to(spoken.device)]), groups),
         "agreement": agreement(np.ones(len(labels), bool)),
+        "agreement_shuffled": float(np.mean(chance)) if chance else None,
         "by_label": {label: agreement(labels == label) for label in np.unique(labels).tolist()},
         "categories": categories,
     }
@@ -272,11 +277,17 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
     made_by = read_json(metrics_path)["command"] if metrics_path.is_file() else ""
     interval = "95 %, bootstrap over patients; a synthetic image belongs to that of its map"
     head = {"command": command, "model": str(args.model), "model_made_by": made_by, "split": args.split}
-    write_json(args.output, head | {"interval": interval} | sides)
+    categories = sides["real"]["categories"]
+    able = [name for name, of in categories.items() if of["low"] > of["majority"]]
+    write_json(args.output, head | {"interval": interval, "able": able} | sides)
     for name, side in sides.items():
         figures = f"CLIP score {side['clip_score']['value']:.2f} (shuffled {side['shuffled']['value']:.2f})"
-        agreed = "no attributes" if side["agreement"] is None else f"agreement {side['agreement']:.3f}"
+        agreed = "no attributes"
+        if side["agreement"] is not None:
+            agreed = f"agreement {side['agreement']:.3f} (shuffled {side['agreement_shuffled']:.3f})"
         print(f"{name} (n = {side['n']}): {figures}, {agreed}")
+    named = f": {', '.join(able)}" if able else ""
+    print(f"better on real images than always naming the most frequent term in {len(able)} of {len(categories)}{named}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- CLI

@@ -40,6 +40,7 @@ RESIZE = "PIL bicubic, antialiased"
 RESIZE_INCEPTION = "TensorFlow 1 bilinear, not antialiased"
 GRAY = ((0.449,) * 3, (0.226,) * 3)  # mean and spread that eval.classifier trains with
 BATCH = 32  # images
+CHUNK = 2048  # images of a file in the cache
 
 Head = tuple[np.ndarray, np.ndarray]  # (C, D) weights and (C,) biases of the classifier behind the features
 
@@ -62,6 +63,11 @@ class Extractor(Protocol):
         """The classifier behind the features, for the Inception score; None where there is none."""
         ...
 
+    @property
+    def has_positions(self) -> bool:
+        """Whether `positions` can be called: a transformer has no early layer of a convolutional net."""
+        ...
+
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray: ...
 
     def positions(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -78,7 +84,12 @@ class NetExtractor:
     head: Head | None
     prepare: Callable[[np.ndarray], Tensor]  # (B, H, W) uint8 -> the net's input
     pooled: Callable[[Tensor], Tensor]  # input -> (B, D)
-    early: Callable[[Tensor], Tensor]  # input -> (B, C, h, w)
+    early: Callable[[Tensor], Tensor] | None  # input -> (B, C, h, w)
+
+    @property
+    def has_positions(self) -> bool:
+        """See Extractor."""
+        return self.early is not None
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -90,6 +101,7 @@ class NetExtractor:
     @torch.inference_mode()
     def positions(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See Extractor."""
+        assert self.early is not None
         maps = [one for batch in batches_of(images) for one in self.early(self.prepare(batch)).float().cpu()]
         return [one.flatten(1).T.numpy() for one in maps]  # (C, h, w) -> (h w, C)
 
@@ -296,16 +308,13 @@ def from_transformers(folder: Path, kind: str) -> NetExtractor:
             return net(pixel_values=inputs).pooler_output
         return nn.functional.normalize(net.get_image_features(pixel_values=inputs).pooler_output, dim=1)
 
-    def early(inputs: Tensor) -> Tensor:
-        raise InputError(f"--metrics all: SIFID needs a convolutional net's early layer, and {folder} has none")
-
     return NetExtractor(
         name=f"{kind} {folder.name} {file_digest(folder / 'model.safetensors')[:12]}, {size} px, {RESIZE}",
         resize=RESIZE,
         head=None,
         prepare=preparation(size, settings["image_mean"], settings["image_std"]),
         pooled=pooled,
-        early=early,
+        early=None,
     )
 
 
@@ -332,8 +341,15 @@ def file_digest(path: str | Path) -> str:
 
 
 def features_of(manifest: Manifest, extractor: Extractor, cache_dir: str | Path | None) -> np.ndarray:
-    """(N, D) features of the images, from the cache where the same ones have gone through the same extractor before."""
-    images = [load_native(manifest, row) for row in manifest.rows]
+    """(N, D) features of the images, from the cache where the same ones have gone through the same extractor before.
+
+    CHUNK images are in memory, and are one file of the cache: a run that was stopped goes on after the last of them.
+    """
+    chunks = (manifest.rows[i : i + CHUNK] for i in range(0, len(manifest.rows), CHUNK))
+    return np.concatenate([_cached([load_native(manifest, row) for row in c], extractor, cache_dir) for c in chunks])
+
+
+def _cached(images: Sequence[np.ndarray], extractor: Extractor, cache_dir: str | Path | None) -> np.ndarray:
     if cache_dir is None:
         return extractor(images)
     digest = hashlib.sha256(extractor.name.encode())

@@ -1,7 +1,9 @@
 """What must never be in a test: synthetic images, sources of synthetic ones, patients or pictures seen in training."""
 
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import yaml
 from eval.images import load_native, name_rows
 from tiger import manifest as manifests
 from tiger.errors import InputError
+from tiger.files import read_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row, straddling_patients
+from tiger.shards import exists, read_bytes
 
 
 def held_out(manifest: Manifest) -> list[Row]:
@@ -48,50 +52,73 @@ def _problem(manifest: Manifest, what: str, rows: Iterable[Row]) -> str | None:
 
 
 def generators(fake: Manifest) -> list[Path]:
-    """The folders of the models that made synthetic rows, as far as the rows say so and the folders are here."""
+    """The folders of the models that made synthetic rows, as far as the rows say so; one that is not here is named."""
     names = {row.model.rpartition("@")[0] or row.model for row in fake.rows if row.model}
-    return [Path(name) for name in sorted(names) if (Path(name) / "config.yaml").is_file()]
+    found = [Path(name) for name in sorted(names)]
+    for folder in found:
+        if not (folder / "config.yaml").is_file():
+            print(f"warning: {fake.path}: what {folder} was trained on is not checked: it is not here", file=sys.stderr)
+    return found
 
 
-def training_sets(folder: Path) -> Iterator[Manifest]:
-    """What a generator was trained on: the rows that its config.yaml names, then those of the model it started from.
+@dataclass(frozen=True)
+class Training:
+    """What one stage of a generator was trained on."""
 
-    Data sets and models that are no longer there are left out.
-    """
-    seen: set[Path] = set()
-    while (folder / "config.yaml").is_file() and folder.resolve() not in seen:
-        seen.add(folder.resolve())
+    files: dict[str, str]  # image -> hash of its file, noted when it was trained; empty for models of older code
+    rows: Manifest | None  # the same rows as their data set has them now, where it is still there
+
+
+def trainings(folder: Path) -> Iterator[Training]:
+    """What a generator was trained on, then the model that it started from, and so on as far as they are here."""
+    passed: set[Path] = set()
+    while (folder / "config.yaml").is_file() and folder.resolve() not in passed:
+        passed.add(folder.resolve())
         config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        data = config.get("data_dir")
+        inputs = folder / "inputs.json"
+        files: dict[str, str] = read_json(inputs).get("files", {}) if inputs.is_file() else {}
+        data, rows = config.get("data_dir"), None
         if data and Path(data).exists():
-            knowledge = Knowledge.load(config.get("knowledge") or "thyroid")
-            yield manifests.read(data, knowledge).select(split=config.get("split") or "train")
+            rows = manifests.read(data, Knowledge.load(config.get("knowledge") or "thyroid"))
+            split = config.get("split") or "train"
+            noted = tuple(row for row in rows.rows if row.file_name in files)  # whatever split they are in now
+            rows = replace(rows, rows=noted) if files else rows.select(split=split)
+        yield Training(files, rows)
         folder = Path(str(config.get("pretrained_model")))
+
+
+def seen_rows(real: Manifest, training: Training) -> list[Row]:
+    """The real rows that a generator was trained on: files of the same content, the same names, or the same pixels
+    under other names."""
+    hashes, rows = set(training.files.values()), training.rows
+    seen = [row for row in real.rows if hashes and _file_hash(real, row) in hashes]
+    if rows is None:
+        return seen
+    if rows.root.resolve() == real.root.resolve():
+        return [*seen, *rows.rows]
+    pixels = {_digest(load_native(rows, row)) for row in rows.rows}
+    return seen + [row for row in real.rows if _digest(load_native(real, row)) in pixels]
 
 
 def trained_on(real: Manifest, generator: Path) -> str | None:
     """What is wrong where a generator has seen a held-out image, its patient, or a copy of it elsewhere."""
-    kept_out = held_out(real)
-    names, patients = {row.file_name for row in kept_out}, {row.patient_id for row in kept_out} - {None}
-    for seen in training_sets(generator):
-        if seen.root.resolve() == real.root.resolve():
-            found = [row for row in seen.rows if row.file_name in names or row.patient_id in patients]
-        else:
-            known = {_digest(load_native(real, row)) for row in kept_out}
-            found = [row for row in seen.rows if _digest(load_native(seen, row)) in known]
+    for training in trainings(generator):
+        seen = seen_rows(real, training)
+        names, patients = {row.file_name for row in seen}, {row.patient_id for row in seen} - {None}
+        found = [row for row in held_out(real) if row.file_name in names or row.patient_id in patients]
         if found:
-            return _problem(seen, f"the generator {generator} was trained on patients of valid or test", found)
+            return _problem(real, f"the generator {generator} was trained on patients of valid or test", found)
     return None
 
 
 def refuse_copies(
     training: Manifest, keys: Sequence[bytes], kept_out: Manifest, kept_out_keys: Sequence[bytes]
 ) -> None:
-    """Raise an InputError that names training images whose every pixel equals a held-out image's; keys: see keys_of."""
+    """Raise an InputError that names images every pixel of which equals that of one kept out; keys: see keys_of."""
     known = {key: row.file_name for row, key in zip(kept_out.rows, kept_out_keys, strict=True)}
     copies = [f"{row.file_name} = {known[key]}" for row, key in zip(training.rows, keys, strict=True) if key in known]
     if copies:
-        where = f"valid or test of {kept_out.path}"
+        where = f"{kept_out.rows[0].split} of {kept_out.path}"
         raise InputError(f"{training.path}: images that are also in {where}: {name_rows(copies)}; drop them")
 
 
@@ -102,3 +129,9 @@ def keys_of(images: np.ndarray) -> list[bytes]:
 
 def _digest(image: np.ndarray) -> bytes:
     return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
+
+
+def _file_hash(manifest: Manifest, row: Row) -> str:
+    """As tiger.dataset.TigerDataset.hashes has it, whose import takes PyTorch."""
+    path = manifest.file(row, "file_name")
+    return hashlib.sha256(read_bytes(path)).hexdigest()[:32] if exists(path) else ""  # who reads it says that it lacks

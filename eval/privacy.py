@@ -87,9 +87,14 @@ def data_copying(
     return total / weights if weights else float("nan")
 
 
-def hash_bits(hashes: NDArray[np.uint64], among: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """(N,) fewest bits in which each hash differs from one of `among`."""
-    return np.array([np.bitwise_count(one ^ among).min() for one in hashes], np.int64)
+def hash_bits(hashes: NDArray[np.uint64], among: NDArray[np.uint64], but: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """(N,) fewest bits in which each hash differs from one of `among`, those at `but` of each left out."""
+    found = np.full(len(hashes), 64, np.int64)
+    for i, (one, left_out) in enumerate(zip(hashes, but, strict=True)):
+        bits = np.bitwise_count(one ^ among).astype(np.int64)
+        bits[list(left_out)] = 64
+        found[i] = bits.min()
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -105,25 +110,29 @@ class Seen:
     distance: NDArray[np.float64]
     authentic: NDArray[np.bool_]
     bits: NDArray[np.int64]  # perceptual hash: fewest that differ from a training image's
+    other_bits: NDArray[np.int64]  # the same without the images whose mask or map it was drawn after
 
     def __getitem__(self, rows: NDArray[np.int64]) -> "Seen":
         groups = [self.groups[i] for i in rows]
-        return Seen(
-            self.features[rows], groups, self.nearest[rows], self.distance[rows], self.authentic[rows], self.bits[rows]
-        )
+        arrays = {name: value[rows] for name, value in vars(self).items() if name != "groups"}
+        return Seen(groups=groups, **arrays)
 
 
 def see(manifest: Manifest, features: Features, train: Manifest, of_train: Features) -> Seen:
     """Compare every image with the training images."""
     patient_of = patients_of((*train.rows, *manifest.rows))
     rows, distance = nearest(features, of_train)
+    hashes, known = hashes_of(manifest), hashes_of(train)
+    places = {row.file_name: i for i, row in enumerate(train.rows)}
+    sources = [[places[name] for name in row.derived_from if name in places] for row in manifest.rows]
     return Seen(
         features=features,
         groups=[group_of(row, patient_of) for row in manifest.rows],
         nearest=rows,
         distance=distance,
         authentic=authentic(of_train, features),
-        bits=hash_bits(hashes_of(manifest), hashes_of(train)),
+        bits=hash_bits(hashes, known, [()] * len(hashes)),
+        other_bits=hash_bits(hashes, known, sources),
     )
 
 
@@ -206,6 +215,7 @@ def measure(train: Manifest, held: Manifest, fake: Manifest, features: Sequence[
         "near": shares(lambda side: side.distance < near),
         "authenticity": shares(lambda side: side.authentic),
         "phash_matches": shares(lambda side: side.bits <= MATCH),
+        "phash_matches_of_others": shares(lambda side: side.other_bits <= MATCH),
         "c_t": copying_report(of_train, sides["held_out"], sides["synthetic"], seed),
         "membership_auc": membership_report(of_train[members], of_held[others], of_fake, groups, seed),
         "closest": closest(train, fake, every_fake),
@@ -232,6 +242,7 @@ SHARES = {
     "near": f"nearer to a training image than all but {NEAR} % of held-out ones",
     "authenticity": "authentic: no mere copy of its nearest training image",
     "phash_matches": f"perceptual hash within {MATCH} bits of a training image's",
+    "phash_matches_of_others": "the same, but for the images whose mask or map it was drawn after",
 }
 
 

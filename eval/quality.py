@@ -248,7 +248,10 @@ def main(argv: list[str] | None = None) -> None:
     measures: dict[str, Measure] = dict(MEASURES)
     if args.metrics == "all":
         rounds.append((lambda a, b: slow_metrics(a, b, extractor), SLOW_RESAMPLES))
-        measures["sifid"] = lambda x, y: fid(*extractor.positions([x, y]))
+        if extractor.has_positions:
+            measures["sifid"] = lambda x, y: fid(*extractor.positions([x, y]))
+        else:
+            print(f"warning: no SIFID: it needs a convolutional net, unlike {extractor.name}", file=sys.stderr)
     results: dict[str, dict[str, Any]] = {}
     steps = len(sets) + len(groups) * sum(REPEATS + resamples for _, resamples in rounds)
     with tqdm(total=steps, desc="quality", unit="step", dynamic_ncols=True) as bar:

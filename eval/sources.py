@@ -5,11 +5,14 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from data.split import assign_folds
 from eval import leakage, realism
 from eval.arms import EXTRA, PLAIN, REAL, UPPER, synthetic_shares
+from eval.classifier import Recipe
 from eval.runs import Study
 from eval.study import ALL, Data, Sources, Trial, refuse_unlabelled
 from tiger import manifest as manifests
@@ -67,24 +70,54 @@ def rare_classes(args: argparse.Namespace, real: Manifest, classes: Sequence[str
     return tuple(args.rare or (label for label in classes if sizes[label] < RARE * max(sizes.values())))
 
 
-def c2st(args: argparse.Namespace, study: Study, sources: Sources, data: Data, name: str) -> dict[str, Any]:
-    """How well real and synthetic images are told apart; the result is kept beside the scores, made anew if need be."""
-    recipe = replace(study.recipe, max_train_steps=args.realism_steps or max(1, study.recipe.max_train_steps // 2))
-    fake = sources.fakes[name].select(labels=data.classes)
-    kept_out = leakage.held_out(sources.real)
+Test = tuple[str, int | None]  # a synthetic set and a fold, whose real and synthetic images are told apart
+
+
+def c2st_settings(args: argparse.Namespace, study: Study, sources: Sources, data: Data, name: str) -> dict[str, Any]:
+    """All that a real-versus-synthetic classifier's figures depend on."""
+    recipe = c2st_recipe(args, study)
     settings = recipe.settings() | {"image_size": args.image_size, "seed": args.seeds[0], "resamples": args.resamples}
     images = b"".join(key for key, origin in zip(data.keys, data.origin, strict=True) if origin == name)
-    made_from = repr([row.derived_from for row in fake.rows]).encode()
+    made_from = repr([row.derived_from for row in sources.fakes[name].select(labels=data.classes).rows]).encode()
     settings["data"] = hashlib.sha256(data.held_out_key.encode() + images + made_from).hexdigest()[:16]
-    path = study.folder / "scores" / f"real_vs_{name}.json"
+    return settings
+
+
+def c2st_recipe(args: argparse.Namespace, study: Study) -> Recipe:
+    """The arms' recipe with steps of its own."""
+    return replace(study.recipe, max_train_steps=args.realism_steps or max(1, study.recipe.max_train_steps // 2))
+
+
+def c2st_path(study: Study, test: Test) -> Path:
+    """The file of a test's result, beside the scores."""
+    name, fold = test
+    return study.folder / "scores" / (f"real_vs_{name}" + ("" if fold is None else f"-fold{fold}") + ".json")
+
+
+def c2st(
+    args: argparse.Namespace, study: Study, sources: Sources, classes: list[str], test: Test, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """How well real and synthetic images are told apart; what is there with the same settings is not made again."""
+    path, recipe = c2st_path(study, test), c2st_recipe(args, study)
     if path.is_file():
         found = read_json(path)
         if found["settings"] == settings:
             return found["result"]
+    fake, kept_out = sources.fakes[test[0]].select(labels=classes), leakage.held_out(sources.real)
     result = realism.measure(sources.real, fake, kept_out, recipe, args.image_size, args.seeds[0], args.resamples)
     result |= {"model": recipe.model, "image_size": args.image_size, "max_train_steps": recipe.max_train_steps}
     write_json(path, {"settings": settings, "result": result})
     return result
+
+
+def mean_of_folds(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of all folds': their mean, and images in all. The bounds are means too, which is wide: an image is
+    held out in two folds, and how much they tell each other is unknown."""
+    if len(results) == 1:
+        return results[0]
+    means = {name: fmean(result[name] for result in results) for name in ("auc", "low", "high")}
+    sums = {name: sum(result[name] for result in results) for name in ("n_train", "n_test")}
+    return results[0] | means | sums | {"folds": list(results)}
 
 
 def looks(name: str, result: dict[str, Any], study: Study, data: Data) -> str:

@@ -1,6 +1,7 @@
 """What a downstream study is made of: its images, its trials, and what each trial may draw from."""
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from eval.arms import EXTRA, PLAIN, REAL, UPPER, Group, Mixing, phases_of
 from eval.images import load_images, name_rows
-from eval.leakage import held_out, keys_of, refuse_copies
+from eval.leakage import keys_of, refuse_copies
 from tiger.errors import InputError
 from tiger.manifest import SPLITS, Manifest
 
@@ -136,17 +137,18 @@ def classes_of(real: Manifest, order: Sequence[str]) -> list[str]:
 
 
 def load(sources: Sources, classes: list[str], image_size: int) -> Data:
-    """Read all images. Raises InputError where a training image is a copy of a held-out one."""
+    """Read all images. Raises InputError where one that is trained on, or one of valid, is a copy of a held-out one."""
     pools = {REAL: sources.real.select(split="train")}
     pools |= {name: fake.select(labels=classes) for name, fake in sources.fakes.items()}
     if sources.extra is not None:
         pools[EXTRA] = sources.extra.select(labels=classes)
-    images = [load_images(pool, image_size) for pool in pools.values()]
-    checked = Manifest(sources.real.path, tuple(held_out(sources.real)))
-    checked_images = load_images(checked, image_size)
-    keys, checked_keys = [keys_of(of_pool) for of_pool in images], keys_of(checked_images)
-    for pool, of_pool in zip(pools.values(), keys, strict=True):
-        refuse_copies(pool, of_pool, checked, checked_keys)
+    images = {name: load_images(pool, image_size) for name, pool in pools.items()}
+    kept_out = {split: sources.real.select(split=split) for split in ("valid", "test")}
+    looked_at = {split: load_images(rows, image_size) for split, rows in kept_out.items()}
+    keys = {name: keys_of(of_pool) for name, of_pool in (images | looked_at).items()}
+    named = pools | kept_out
+    for name, split in (*itertools.product(pools, kept_out), ("valid", "test")):
+        refuse_copies(named[name], keys[name], named[split], keys[split])
 
     def column(m: Manifest, value: str) -> np.ndarray:
         return np.array([getattr(row, value) or row.file_name for row in m.rows], dtype=str)
@@ -154,17 +156,19 @@ def load(sources: Sources, classes: list[str], image_size: int) -> Data:
     def indices(m: Manifest) -> np.ndarray:
         return np.array([classes.index(str(row.label)) for row in m.rows], dtype=np.int64)
 
-    held = Held(checked_images, indices(checked), column(checked, "file_name"), column(checked, "patient_id"))
-    in_test = np.array([row.split == "test" for row in checked.rows])
+    valid, test = (
+        Held(looked_at[split], indices(rows), column(rows, "file_name"), column(rows, "patient_id"))
+        for split, rows in kept_out.items()
+    )
     return Data(
         classes=classes,
-        images=np.concatenate(images),
+        images=np.concatenate(list(images.values())),
         y=np.concatenate([indices(pool) for pool in pools.values()]),
         origin=np.repeat(list(pools), [len(pool.rows) for pool in pools.values()]),
         patients=np.concatenate([column(pool, "patient_id") for pool in pools.values()]),
-        keys=[key for of_pool in keys for key in of_pool],
-        valid=held.only(~in_test) if not in_test.all() else None,
-        test=held.only(in_test),
+        keys=[key for name in pools for key in keys[name]],
+        valid=valid if len(valid.y) else None,
+        test=test,
     )
 
 

@@ -27,6 +27,7 @@ def fit(
     weight_decay: float = 1e-2,
     validate: Callable[[int], dict[str, float]] | None = None,
     validation_steps: int = 500,
+    bf16: bool = False,
 ) -> float:
     """Train `net` in place for `steps` optimizer steps; returns optimizer steps a second.
 
@@ -35,6 +36,7 @@ def fit(
         batch: draws the row indices of a step from a numpy generator, which depends on (seed, step) alone.
         learning_rate: peak of the schedule: linear warm-up over the first 5 % of the steps, then cosine to 0.
         validate: called with the step every `validation_steps` and after the last; its values are shown on the bar.
+        bf16: the loss under autocast to bfloat16, for GPUs; weights and optimizer stay float32.
     """
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
@@ -44,7 +46,8 @@ def fit(
     net.train()
     with tqdm(total=steps, desc=description, unit="step", dynamic_ncols=True) as bar:
         for step in range(1, steps + 1):
-            value = loss(batch(np.random.default_rng([seed, step])), generator)
+            with torch.autocast(device().type, torch.bfloat16, enabled=bf16):
+                value = loss(batch(np.random.default_rng([seed, step])), generator)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from eval_samples import write_dataset
+from PIL import Image
+from training_samples import flags, save_base
 
-from eval import classifier, classify, features, figures, realism
+from eval import classifier, classify, features, figures, realism, training
 from eval.images import load_images, source_patients
 from eval.study import Data, Sources, Trial, classes_of, kept, load
-from tiger import manifest
+from tiger import manifest, pretrain
 from tiger.errors import InputError, run
 from tiger.files import read_json
 from tiger.manifest import Row
@@ -113,7 +115,9 @@ def test_shards_make_every_training_once(folders: dict[str, Path], tmp_path: Pat
     assert len({str(p) for p in scores.values()}) == len(arms)  # every arm does something
 
 
-def test_folds_test_every_patient_once(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_folds_test_every_patient_once(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "report.json"
     classify.main(arguments(folders, output, "--arms", "oversampling", "--folds", "3"))
     parts = [read_json(tmp_path / "scores" / f"oversampling-fold{fold}-seed0.json") for fold in range(3)]
@@ -128,6 +132,23 @@ def test_folds_test_every_patient_once(folders: dict[str, Path], tmp_path: Path)
     ]
     expected = np.mean([found["auc benign vs FTC"][0] for found in per_fold])
     assert report["arms"]["oversampling"]["auc benign vs FTC"]["value"] == pytest.approx(expected)
+
+    looks = ["--arms", "tiger_f", "--folds", "3", "--realism_steps", "1"]
+    unknown = spoil(folders["fake"], tmp_path / "unknown", lambda row: replace(row, derived_from=()))
+    measure, seen = realism.measure, []
+
+    def watched(real: manifest.Manifest, fake: manifest.Manifest, kept_out: list[Row], *more):
+        seen.append({row.file_name for row in kept_out})
+        return measure(real, fake, kept_out, *more)
+
+    monkeypatch.setattr(realism, "measure", watched)
+    classify.main(arguments(folders | {"fake": unknown}, output, *looks))
+    found = json.loads(output.read_text())["real_vs_synthetic"]["tiger_f"]
+    of_folds = [read_json(tmp_path / "scores" / f"real_vs_tiger_f-fold{fold}.json")["result"] for fold in range(3)]
+    assert seen == [{*part["valid"]["file_name"], *part["test"]["file_name"]} for part in parts]
+    assert found["folds"] == of_folds
+    assert found["auc"] == pytest.approx(np.mean([one["auc"] for one in of_folds]))
+    assert found["n_test"] == sum(one["n_test"] for one in of_folds)
     with pytest.raises(InputError, match="rows derived from valid or test images"):  # the generator has seen them
         classify.main(arguments(folders, output, "--folds", "3"))
 
@@ -160,7 +181,9 @@ def test_what_amounts_and_shares_leave(folders: dict[str, Path]) -> None:
     assert left(arm="real_upper")["extra_real"] == [8, 8, 8]  # equally many
     assert left(arm="real_upper", amount=5)["extra_real"] == [5, 5, 5]
     assert left(amount=3)["tiger_f"] == [3, 3, 3]
-    assert left(real_share=0.5)["real"] == [10, 6, 2]  # whole patients, of two images each
+    assert left(real_share=0.5)["real"] == [10, 6, 2]
+    half = kept(Trial("all", "oversampling", 0, real_share=0.5), data) & (data.origin == "real")
+    assert not set(data.patients[half]) & set(data.patients[~half & (data.origin == "real")])  # whole patients
     two, four, other = (
         kept(Trial("all", "tiger_f", seed, amount=amount), data) for seed, amount in ((0, 2), (0, 4), (1, 2))
     )
@@ -212,6 +235,25 @@ def test_a_saved_classifier_is_an_extractor(folders: dict[str, Path], tmp_path: 
             folders, tmp_path / "more" / "r.json", "--arms", "none", "--weights", str(folder / "model.safetensors")
         )
     )
+
+
+def test_bf16_is_for_the_training_alone() -> None:
+    net, outputs = torch.nn.Linear(3, 1), []
+
+    def loss(rows: np.ndarray, generator: torch.Generator) -> torch.Tensor:
+        outputs.append(net(torch.ones(2, 3, device=training.device())))
+        return outputs[-1].float().square().mean()
+
+    net.to(training.device())
+    for bf16 in (False, True):
+        options = {"steps": 1, "learning_rate": 1e-2, "seed": 0, "description": "test", "bf16": bf16}
+        training.fit(net, loss, lambda rng: np.arange(2), **options)
+    assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16]
+    assert net.weight.dtype == torch.float32
+    if training.device().type == "cpu":
+        with pytest.raises(InputError, match="--bf16: there is no GPU here"):
+            classifier.Recipe(bf16=True)
+    assert "bf16" not in classifier.Recipe().settings()  # scores of older code stay valid
 
 
 def test_a_classifier_learns_and_keeps_its_best_state(folders: dict[str, Path]) -> None:
@@ -317,12 +359,60 @@ def test_a_generator_that_saw_test_rows_is_refused(folders: dict[str, Path], tmp
     classify.main(arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run"))
 
 
+def test_what_a_generator_was_trained_on_outlives_a_new_split(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training notes its files; afterwards the splits change in place, or the images move to another folder."""
+    real, model = tmp_path / "real", tmp_path / "coarse"
+    shutil.copytree(folders["real"], real)
+    base = save_base(tmp_path / "base")
+    pretrain.main(flags(pretrained_model=base, data_dir=real, output_dir=model, max_train_steps=1))
+    noted = read_json(model / "inputs.json")["files"]
+    rows = manifest.read(real).rows
+    assert list(noted) == [row.file_name for row in rows if row.split == "train"]
+    fake = spoil(
+        folders["fake"], tmp_path / "coarse_set", lambda row: replace(row, model=f"{model}@0", derived_from=())
+    )
+    given = arguments(folders | {"real": real, "fake": fake}, tmp_path / "r.json", "--dry_run")
+    classify.main(given)
+    moved = rows[0].patient_id
+    again = [replace(row, split="test" if row.patient_id == moved else row.split) for row in rows]
+    manifest.write(real / "metadata.jsonl", again)
+    names = ", ".join(row.file_name for row in rows if row.patient_id == moved)
+    refused = f"coarse was trained on patients of valid or test: {names}$"
+    with pytest.raises(InputError, match=refused):
+        classify.main(given)
+    saved = {path: path.read_bytes() for path in (real / row.file_name for row in rows if row.patient_id == moved)}
+    for path in saved:
+        Image.open(path).save(path, compress_level=0)  # other bytes under the old name
+    with pytest.raises(InputError, match=refused):
+        classify.main(given)
+    for path, content in saved.items():
+        path.write_bytes(content)
+    renamed = [replace(row, file_name=f"images/x{Path(row.file_name).name}") for row in again]
+    for old, new in zip(again, renamed, strict=True):
+        (real / old.file_name).rename(real / new.file_name)
+    manifest.write(real / "metadata.jsonl", renamed)
+    with pytest.raises(InputError, match="coarse was trained on patients of valid or test: images/xP0000.png"):
+        classify.main(given)
+    shutil.rmtree(model)
+    capsys.readouterr()
+    classify.main(given)
+    assert f"what {model} was trained on is not checked: it is not here" in capsys.readouterr().err
+
+
 def test_a_copy_of_a_test_image_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     extra = write_dataset(tmp_path, {"train": dict.fromkeys(CLASSES, 8)}, seed=3, prefix="E")
     test_image = (folders["real"] / "images" / "P0055.png").read_bytes()
     (tmp_path / extra.rows[1].file_name).write_bytes(test_image)
-    with pytest.raises(InputError, match="images/E0001.png = images/P0055.png"):
+    with pytest.raises(InputError, match="also in valid of .*: images/E0001.png = images/P0055.png"):
         classify.main(arguments(folders, tmp_path / "r.json", "--extra_real", str(tmp_path), "--dry_run"))
+    for copy in ("P0000", "P0055"):  # of train, of valid
+        real = tmp_path / copy
+        shutil.copytree(folders["real"], real)
+        (real / "images" / f"{copy}.png").write_bytes((real / "images" / "P0070.png").read_bytes())
+        with pytest.raises(InputError, match=f"also in test of .*: images/{copy}.png = images/P0070.png"):
+            classify.main(arguments(folders | {"real": real}, tmp_path / "r.json", "--dry_run"))
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ def test_it_learns_and_judges(trained: tuple[Path, Path], tmp_path: Path) -> Non
         found[name] = json.loads(output.read_text())
     right, wrong_ones = found["right"]["synthetic"], found["wrong"]["synthetic"]
     assert right["agreement"] > 0.7 > 0.5 > wrong_ones["agreement"]
+    assert right["agreement_shuffled"] < 0.55
+    assert found["right"]["able"] == ["location"]
     assert right["by_label"] == {"benign": right["agreement"]}
     assert right["clip_score"]["value"] > right["shuffled"]["value"]
     assert found["right"]["real"] == found["wrong"]["real"]

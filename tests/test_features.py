@@ -59,7 +59,7 @@ def test_resize_antialiases() -> None:
     assert abs(int(features.resize(stripes, 224)[100, 100]) - 127) <= 2
 
 
-def test_cache_follows_content_and_extractor(tmp_path: Path) -> None:
+def test_cache_follows_content_and_extractor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = write_dataset(tmp_path / "data", {"train": {"benign": 4}})
 
     class Counting:
@@ -85,6 +85,11 @@ def test_cache_follows_content_and_extractor(tmp_path: Path) -> None:
     changed = features.features_of(manifest, Counting("a"), tmp_path / "cache")
     assert Counting.calls == 3
     assert [not np.array_equal(x, y) for x, y in zip(first, changed, strict=True)] == [False, False, True, False]
+    monkeypatch.setattr(features, "CHUNK", 3)
+    for more in (2, 0):  # two parts, each kept
+        Counting.calls = 0
+        assert np.array_equal(features.features_of(manifest, Counting("c"), tmp_path / "cache"), changed)
+        assert Counting.calls == more
 
 
 def test_local_checkpoint_of_torchvision(tmp_path: Path) -> None:
@@ -209,8 +214,7 @@ def test_local_clip(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, torch.nn.functional.normalize(expected).numpy(), rtol=1e-4, atol=1e-5)
     assert np.linalg.norm(found) == pytest.approx(1, abs=1e-5)  # as CMMD takes it
     assert extractor.head is None
-    with pytest.raises(InputError, match="SIFID needs a convolutional net"):
-        extractor.positions([picture])
+    assert not extractor.has_positions
 
 
 def test_local_dinov2(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Copies are found, honest images are not accused; the page shows the pairs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,8 @@ def copied(tmp_path: Path, real: Manifest, honest: Manifest) -> Manifest:
         image = np.asarray(Image.open(train.file(source, "file_name"))).astype(float)
         noisy = np.clip(image + rng.normal(0, 3, image.shape), 0, 255).astype(np.uint8)
         Image.fromarray(noisy).save(tmp_path / "copied" / row.file_name)
-    manifest.write(tmp_path / "copied" / "metadata.jsonl", honest.rows)
+    rows = [replace(row, derived_from=(source.file_name,)) for row, source in zip(honest.rows, train.rows, strict=True)]
+    manifest.write(tmp_path / "copied" / "metadata.jsonl", rows)
     return manifest.read(tmp_path / "copied")
 
 
@@ -83,7 +85,9 @@ def test_copies_are_found(real: Manifest, copied: Manifest, tmp_path: Path, monk
     assert report["c_t"]["low"] <= report["c_t"]["value"] <= report["c_t"]["high"]
     assert report["membership_auc"]["low"] > 0.9
     assert report["membership_auc"]["recall_at_fpr_0.01"] > 0.8
-    assert report["phash_matches"]["synthetic"]["value"] > report["phash_matches"]["held_out"]["value"]
+    matches, of_others = report["phash_matches"], report["phash_matches_of_others"]
+    assert matches["synthetic"]["value"] > matches["held_out"]["value"] == of_others["held_out"]["value"]
+    assert matches["synthetic"]["value"] > of_others["synthetic"]["value"]  # the copies are of their sources
     assert len(report["closest"]) == privacy.PAIRS
     train = [row.file_name for row in real.select(split="train").rows]
     for pair in report["closest"]:  # the sources, in the order that they were copied in
@@ -119,7 +123,10 @@ def test_data_copying_is_a_weighted_z_score() -> None:
 
 def test_hashes_differ_in_bits() -> None:
     hashes = np.array([0b1011, 0], np.uint64)
-    assert privacy.hash_bits(hashes, np.array([0b0011, 0b1111], np.uint64)).tolist() == [1, 2]
+    among = np.array([0b0011, 0b1111], np.uint64)
+    assert privacy.hash_bits(hashes, among, [(), ()]).tolist() == [1, 2]
+    assert privacy.hash_bits(hashes, among, [(0,), (0, 1)]).tolist() == [1, 64]
+    assert privacy.hash_bits(hashes, among, [(0, 1), (0,)]).tolist() == [64, 4]
 
 
 def test_a_patient_in_training_and_in_the_holdout_is_named(

@@ -84,6 +84,7 @@ class Histogram:
     name = "block means"
     resize = "none"
     head = (np.random.default_rng(0).normal(0, 0.02, (5, 16)), np.zeros(5))
+    has_positions = True
 
     def __call__(self, images) -> np.ndarray:
         means = [image.reshape(4, image.shape[0] // 4, 4, -1).mean((1, 3)).ravel() for image in images]
@@ -195,6 +196,9 @@ def test_all_metrics_on_request(
     assert "geometry_score" not in report["per_class"]["FTC"]  # 11 images, 15 landmarks
     assert report["overall"]["sifid"]["condition"]["value"] > 0
     assert report["overall"]["sifid"]["random real"]["n"] > 20
+    monkeypatch.setattr(Histogram, "has_positions", False)  # as a transformer's
+    quality.main([*given, "--output", str(tmp_path / "without.json")])
+    assert json.loads((tmp_path / "without.json").read_text())["overall"].keys() == report["overall"].keys() - {"sifid"}
 
 
 def test_worse_images_score_worse(sets: tuple[Manifest, Manifest], tmp_path: Path) -> None:
