@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import shards
 from data.duplicates import near_pairs, perceptual_hash, same_picture, thumbnail
 from tiger import manifest
-from tiger.conditions import to_gray
+from tiger.conditions import WHITE, brightest, to_gray, white_level
 from tiger.knowledge import Knowledge
 from tiger.manifest import SPLITS, Manifest, Problem, Row, Siblings, unit_of
 
@@ -50,10 +50,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What `examine` found. `copies` are pairs of file names that are the same picture, the one to keep first."""
+    """What `examine` found.
+
+    `copies` are pairs of file names that are the same picture, the one to keep first. `white` is what is white in
+    images of more than 8 bits, by all of the set's.
+    """
 
     data: Manifest
     stage: Literal["coarse", "fine"]
+    white: int = WHITE
     findings: list[Finding] = field(default_factory=list)
     unknown_terms: Counter[str] = field(default_factory=Counter)
     copies: list[tuple[str, str]] = field(default_factory=list)
@@ -95,7 +100,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Look:
-    """What one row's files and texts show. The last three are None where the image cannot be read."""
+    """What one row's files and texts show. Bytes and hash are None where the image cannot be read."""
 
     problems: list[Problem]
     unknown: list[str]
@@ -103,6 +108,7 @@ class Look:
     digest: bytes | None = None
     hash: int | None = None
     thumbnail: bytes | None = None
+    brightest: int = 0
 
 
 def examine(
@@ -117,10 +123,11 @@ def examine(
     """
     data, broken = manifest.scan(data_dir, knowledge)
     fine = stage == "fine" or (stage == "auto" and any(row.condition_fg for row in data.rows))
-    report = Report(data, "fine" if fine else "coarse")
+    looks = list(look_at_all(data, knowledge, fine, workers))
+    highest = [look.brightest for look in looks]
+    report = Report(data, "fine" if fine else "coarse", white_level(highest))
     report.findings.extend(Finding("error", "structure", None, message) for message in broken)
     report.unknown_terms.update(unknown_words(data.path, knowledge))
-    looks = list(look_at_all(data, knowledge, fine, workers))
     for row, look in zip(data.rows, looks, strict=True):
         report.findings.extend(Finding("error", p.code, row.file_name, p.message) for p in look.problems)
         report.findings.extend(
@@ -134,6 +141,9 @@ def examine(
     report.findings.extend(
         Finding("error", problem.code, row.file_name, problem.message)
         for row, problem in manifest.synthetic_leaks(data.rows)
+    )
+    report.findings.extend(
+        Finding("error", "dark_images", None, problem) for problem in manifest.dark_images(highest, data.root)
     )
     report.findings.extend(Finding("error", "damaged_shard", None, problem) for problem in shards.damaged(data))
     add_copies(report, looks)
@@ -190,7 +200,8 @@ def look_at(row: Row, root: Path, knowledge: Knowledge, fine: bool, siblings: Si
     gray = to_gray(images["file_name"])
     digest = hashlib.blake2b(gray.tobytes() + repr(gray.shape).encode(), digest_size=16).digest()
     return Look(
-        problems, parsed.unknown, impossible, digest, perceptual_hash(gray), thumbnail(gray).tobytes()
+        problems, parsed.unknown, impossible, digest, perceptual_hash(gray), thumbnail(gray).tobytes(),
+        brightest(images["file_name"]),
     )  # fmt: skip
 
 

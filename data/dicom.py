@@ -101,8 +101,9 @@ def gray_frames(dataset: Dataset, indices: Sequence[int]) -> Iterator[Gray]:
 
     Transfer syntaxes are decoded by pydicom with GDCM, which cuts off bits that hold an overlay; YBR becomes RGB,
     palettes are looked up, and colour is converted by its luma. Of gray images rescale, then VOI LUT or the first
-    window (PS3.3 C.11) give the display range; without a window it is the frame's own. MONOCHROME1 and the INVERSE
-    presentation are turned over, so that air is black. Raises Unusable, and whatever the decoders do.
+    window (PS3.3 C.11) give the display range; without a window it is all that 8 bits hold, and of deeper images the
+    frame's own, as in viewers. MONOCHROME1 and the INVERSE presentation are turned over, so that air is black.
+    Raises Unusable, and whatever the decoders do.
     """
     for pixels in iter_pixels(dataset, indices=list(indices)):
         yield _to_gray(pixels, dataset)
@@ -133,6 +134,10 @@ def _displayed(values: NDArray[np.int32], dataset: Dataset) -> Gray:
         table = np.asarray(apply_voi(table, dataset), np.float64)
     elif "WindowCenter" in dataset:  # the ends of its range, whether or not the frame reaches them
         *table, black, white = apply_windowing(np.append(table, (-np.inf, np.inf)), dataset)
+    elif dataset.BitsStored <= 8:  # what a screen shows as it is
+        first = -(1 << dataset.BitsStored - 1) if dataset.PixelRepresentation else 0
+        ends = apply_modality_lut(np.array((first, first + (1 << dataset.BitsStored) - 1)), dataset)
+        black, white = min(ends), max(ends)
     else:
         black, white = table.min(), table.max()
     table = np.clip((np.asarray(table) - black) / ((white - black) or 1), 0, 1)

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from data.sources.writer import write_png
-from tiger import manifest
+from tiger import manifest, shards
 from tiger.conditions import boundary_map, read_gray, read_mask, sobel_map
 from tiger.errors import InputError
 from tiger.manifest import Manifest
@@ -40,7 +40,7 @@ def make_maps(data: Manifest, edges: str, workers: int, dry_run: bool) -> tuple[
             problems.append(f"{row.file_name}: has no condition_fg, whose boundary is drawn")
             continue
         rows.append(replace(row, condition_bg=name))
-        if not (data.root / name).is_file():
+        if not shards.exists(data.root / name):
             mask = data.file(row, "condition_fg") if edges == "boundary" else None
             jobs.append((data.file(row, "file_name"), mask, data.root / name))
     make = partial(write_map, dry_run=dry_run)

@@ -3,7 +3,6 @@
 python -m data.prepare check --data_dir mine --fix mended
 """
 
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +16,8 @@ from tqdm import tqdm
 
 from data.check import Report
 from data.sources.writer import write_png
-from tiger import manifest
-from tiger.conditions import Gray, binarize, open_image, remove_bars, sobel_map, to_gray
+from tiger import manifest, shards
+from tiger.conditions import WHITE, Gray, binarize, brightest, open_image, remove_bars, sobel_map, to_gray, white_level
 from tiger.errors import InputError
 from tiger.files import atomic_path, write_json
 from tiger.knowledge import Knowledge
@@ -44,7 +43,10 @@ def mend(report: Report, knowledge: Knowledge, output_dir: Path, workers: int) -
     rows = without_leaks(rows, done)
     rows = without_copies(rows, report.copies, done)
     siblings = Siblings(report.data.root)
-    fix = partial(mend_row, root=report.data.root, output_dir=output_dir, knowledge=knowledge, siblings=siblings)
+    fix = partial(
+        mend_row, root=report.data.root, output_dir=output_dir, knowledge=knowledge, siblings=siblings,
+        white=report.white,
+    )  # fmt: skip
     kept = []
     with ThreadPoolExecutor(workers) as pool:  # decoding and copying release the interpreter lock
         for row, told in tqdm(pool.map(fix, rows), total=len(rows), desc="mend", unit="row"):
@@ -114,13 +116,13 @@ def without_copies(rows: list[Row], copies: list[tuple[str, str]], done: list[st
 
 
 def mend_row(
-    row: Row, root: Path, output_dir: Path, knowledge: Knowledge, siblings: Siblings
+    row: Row, root: Path, output_dir: Path, knowledge: Knowledge, siblings: Siblings, white: int
 ) -> tuple[Row | None, list[str]]:
     """Write one row's files. Returns the row as it is now, None if it is lost, and what was done."""
     done: list[str] = []
     try:
         row = mend_texts(row, knowledge, done)
-        image = mend_image(row, root, output_dir, siblings, done)
+        image = mend_image(row, root, output_dir, siblings, white, done)
         columns: dict[str, str | None] = {}
         for column in ("condition_fg", "organ_mask"):
             if getattr(row, column) is None:
@@ -165,7 +167,7 @@ def mend_texts(row: Row, knowledge: Knowledge, done: list[str]) -> Row:
 def opened(name: str, root: Path, siblings: Siblings, done: list[str]) -> tuple[Path, Image.Image]:
     """A file of the data set, or the one that may be meant by its name."""
     path = root / name
-    if not path.is_file():
+    if not shards.exists(path):
         found = siblings.find(path)
         if found is None:
             raise Lost(f"{name} does not exist")
@@ -177,22 +179,28 @@ def opened(name: str, root: Path, siblings: Siblings, done: list[str]) -> tuple[
         raise Lost(str(error)) from error
 
 
-def mend_image(row: Row, root: Path, output_dir: Path, siblings: Siblings, done: list[str]) -> Gray:
-    """Copy the image, in the format that its name says; returns its pixels."""
+def mend_image(row: Row, root: Path, output_dir: Path, siblings: Siblings, white: int, done: list[str]) -> Gray:
+    """Copy the image, in the format that its name says and in 8 bits; returns its pixels."""
     path, image = opened(row.file_name, root, siblings, done)
     wanted = FORMATS.get(Path(row.file_name).suffix.lower(), image.format)
+    gray = to_gray(image, white)
+    dark = bool(brightest(image)) and white < WHITE
+    if dark:
+        done.append(f"{row.file_name} held values up to {brightest(image)}, is in 8 bits now, where {white} is white")
+    if image.format != wanted:
+        done.append(f"{row.file_name} held {image.format}, is {wanted} now")
     with atomic_path(output_dir / row.file_name) as temporary:
-        if image.format == wanted:
-            shutil.copyfile(path, temporary)
+        if dark or image.format != wanted:
+            Image.fromarray(gray).save(temporary, format=wanted)
         else:
-            done.append(f"{row.file_name} held {image.format}, is {wanted} now")
-            image.save(temporary, format=wanted)
-    return to_gray(image)
+            temporary.write_bytes(shards.read_bytes(path))
+    return gray
 
 
 def mend_mask(name: str, shape: tuple[int, ...], root: Path, siblings: Siblings, done: list[str]) -> Gray:
     """The mask in 0 and 255, without bars, as large as the image."""
-    mask = to_gray(opened(name, root, siblings, done)[1])
+    image = opened(name, root, siblings, done)[1]
+    mask = to_gray(image, white_level([brightest(image)]))
     if mask.max(initial=0) == 1:
         done.append(f"{name} held 0 and 1, holds 0 and 255 now")
         mask = mask * np.uint8(255)

@@ -145,6 +145,7 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "longtail": Preset({"benign": 0.56, "PTC": 0.38, "FTC": 0.03, "MTC": 0.03}, {"valid": 0.13, "test": 0.6}),
+    "study": Preset({"benign": 0.57, "PTC": 0.39, "FTC": 0.02, "MTC": 0.02}, {"valid": 0.2, "test": 2}),
     "balanced": Preset({"benign": 0.25, "PTC": 0.25, "FTC": 0.25, "MTC": 0.25}),
     "common": Preset({"benign": 0.55, "PTC": 0.45}, {"valid": 0.03}, particular_terms=False),
     "truth": Preset({"benign": 1, "PTC": 1, "FTC": 1, "MTC": 1}, {"test": 0.1}, uniform_attributes=True),

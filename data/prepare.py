@@ -31,7 +31,8 @@ from tiger import manifest
 from tiger.errors import InputError, run
 from tiger.files import atomic_path, write_json
 from tiger.knowledge import Knowledge
-from tiger.manifest import SPLITS, Manifest
+from tiger.manifest import FILE_COLUMNS, SPLITS, Manifest
+from tiger.shards import exists, index_path, is_member
 
 
 def build(args: argparse.Namespace) -> None:
@@ -125,12 +126,13 @@ def split(args: argparse.Namespace) -> None:
 
 
 def files_of(data: Manifest) -> list[str]:
-    """Every file that the manifest names. Raises InputError where one does not exist."""
-    names = {getattr(row, column) for row in data.rows for column in manifest.FILE_COLUMNS if getattr(row, column)}
-    for name in names:
-        if not (data.root / name).is_file():
-            raise InputError(f"{data.path}: {name} does not exist; see python -m data.prepare check")
-    return sorted(names)
+    """Every file that the manifest names; of shards they and their indices. Raises InputError where one is missing."""
+    names = set()
+    for path in {data.file(row, column) for row in data.rows for column in FILE_COLUMNS if getattr(row, column)}:
+        if not exists(path):
+            raise InputError(f"{data.path}: {path} does not exist; see python -m data.prepare check")
+        names |= {path.parent, index_path(path.parent)} if is_member(path) else {path}
+    return sorted(path.relative_to(data.root).as_posix() for path in names)
 
 
 def copy_files(root: Path, output_dir: Path, names: Sequence[str]) -> None:
@@ -358,7 +360,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--output_dir", required=True, help="where the data set goes")
     sub.add_argument("--count", type=positive, default=64, help="training images; held-out splits come on top")
     sub.add_argument("--seed", type=int, default=0, help="another seed, other images")
-    sub.add_argument("--preset", default="longtail", help="longtail, balanced, common or truth (see data/phantom.py)")
+    sub.add_argument(
+        "--preset", default="longtail", help="longtail, study, balanced, common or truth (see data/phantom.py)"
+    )
     sub.add_argument("--size", type=positive, default=128, help="side in px")
     sub.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
     dry_run(sub)

@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
 from data.sources.writer import write_png
@@ -51,8 +52,10 @@ def ultralytics() -> Any:
     (folder / "Ultralytics").mkdir(parents=True, exist_ok=True)
     font = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     shutil.copyfile(font, folder / "Ultralytics" / "Arial.ttf")  # it fetches a font of this name where there is none
+    opener = Image.open
     import ultralytics as package
 
+    Image.open = opener  # what it puts there would install a package to read a damaged image with
     off = ("sync", "clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb", "vscode_msg", "openvino_msg")
     package.settings.update(dict.fromkeys(off, False))
     return package
@@ -137,7 +140,7 @@ def train(
         target: "nodule" (condition_fg) or "organ" (organ_mask).
         start: see `load_start`.
     """
-    data, folder = manifest.read(data_dir), Path(output_dir)
+    data, folder = read_split(data_dir), Path(output_dir)
     yolo = load_start(start)
     with tempfile.TemporaryDirectory(prefix="segmenter-") as scratch:
         config = write_yolo(data, target, Path(scratch) / "data")
@@ -151,6 +154,14 @@ def train(
     scores = evaluate(data_dir, output_dir, device=device)
     write_json(folder / "scores.json", scores)
     return scores
+
+
+def read_split(data_dir: str) -> Manifest:
+    """A data set whose scores mean something. Raises InputError where a patient is in two splits."""
+    data = manifest.read(data_dir)
+    if problems := manifest.straddling_patients(data.rows):
+        raise InputError("\n  ".join([f"{data.path}: {len(problems)} problems:", *problems]))
+    return data
 
 
 def load_start(start: str) -> Any:
@@ -236,7 +247,7 @@ def evaluate(data_dir: str, model: str, confidence: float = 0.25, device: str | 
 
     The interval is a percentile bootstrap over patients (2000 draws, seed 0). An image without a mask is left out.
     """
-    data, segmenter = manifest.read(data_dir), Segmenter(model, device)
+    data, segmenter = read_split(data_dir), Segmenter(model, device)
     scores: dict[str, Any] = {"confidence": confidence}
     for split in manifest.SPLITS:
         rows = [row for row in data.select(split=split, synthetic=False).rows if getattr(row, segmenter.column)]

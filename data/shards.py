@@ -57,7 +57,7 @@ def write_shards(data: Manifest, output_dir: Path, rows_per_shard: int, dry_run:
 def refuse_missing(data: Manifest) -> None:
     """Raise one InputError that lists the files that the manifest names and that do not exist."""
     paths = (data.file(row, column) for row in data.rows for column in KINDS if getattr(row, column))
-    if missing := [str(path) for path in paths if not path.is_file()]:
+    if missing := [str(path) for path in paths if not shards.exists(path)]:
         raise InputError("\n  ".join([f"{data.path}: {len(missing)} files do not exist:", *missing]))
 
 
@@ -97,7 +97,7 @@ def members(data: Manifest, old: Row, new: Row) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the files of one row; its .json is the row as it was, under its old names."""
     for column in KINDS:
         if getattr(old, column):
-            yield Path(getattr(new, column)).name, data.file(old, column).read_bytes()
+            yield Path(getattr(new, column)).name, shards.read_bytes(data.file(old, column))
     record = json.dumps(manifest.to_record(old), ensure_ascii=False)
     yield f"{Path(new.file_name).name.partition('.')[0]}.json", record.encode()
 
@@ -110,7 +110,7 @@ def is_whole(path: Path) -> bool:
 
 def damaged(data: Manifest) -> Iterator[str]:
     """What is wrong with the shards that a manifest's rows are in: those that are not what was written."""
-    paths = {data.file(row, "file_name") for row in data.rows}
+    paths = {data.file(row, column) for row in data.rows for column in KINDS if getattr(row, column)}
     for path in sorted({path.parent for path in paths if shards.is_member(path)}):
         index = shards.index_path(path)
         if not index.is_file():

@@ -15,9 +15,9 @@ from data.check import examine
 from data.duplicates import near_pairs, perceptual_hash, same_picture, thumbnail
 from data.prepare import main
 from tiger.conditions import read_gray
-from tiger.errors import run
+from tiger.errors import InputError, run
 from tiger.knowledge import Knowledge
-from tiger.manifest import read
+from tiger.manifest import check, read
 
 TEXTS = {"text_fg": "benign, solid", "text_bg": "sonogram transverse plane", "label": "benign"}
 
@@ -211,6 +211,22 @@ def test_fix_mends_a_copy_and_says_what_it_did(tmp_path: Path, capsys: pytest.Ca
             assert np.array_equal(read_gray(kept.file(row, "condition_fg")), mask), row.file_name
     assert run(main, argv) == 2  # never into a folder that holds something
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_images_of_12_bits_in_16_are_refused_and_mended_alike(folder: Folder, tmp_path: Path):
+    for i in range(6):  # the first is a dim one
+        deep = picture(i).astype(np.uint16) * (4 if i == 0 else 16)
+        Image.fromarray(deep).save(folder.root / f"images/{i}.png")
+    told = r"hold at most \d{4}, of 65535 that is white: .* --fix FOLDER writes them in 8 bits, where 4095 is white"
+    with pytest.raises(InputError, match=told):
+        check(read(folder.save()), conditions=False)
+    assert "dark_images" in folder.found()
+    assert run(main, ["check", "--data_dir", folder.save(), "--fix", str(tmp_path / "out"), "--workers", "1"]) == 0
+    for i in range(6):
+        expected = picture(i) * (16 * 255 / 4095) / (4 if i == 0 else 1)
+        assert np.abs(read_gray(tmp_path / "out" / f"images/{i}.png") - expected).max() <= 0.5
+    Image.fromarray(np.full((96, 96), 65535, np.uint16)).save(folder.root / "images/5.png")  # now all bits are in use
+    assert "dark_images" not in folder.found()
 
 
 def test_phash_is_imagehashs_reference():

@@ -81,12 +81,28 @@ def test_read_gray_takes_every_mode(tmp_path: Path, mode: str):
         assert np.abs(gray.astype(int) - ramp).max() <= 3
 
 
-@pytest.mark.parametrize("bits", [8, 12, 16])
-def test_read_gray_scales_deep_images_by_their_bit_depth(tmp_path: Path, bits: int):
-    top = (1 << bits) - 1
-    Image.fromarray(np.array([[0, top // 2, top]], np.uint16)).save(tmp_path / "a.png")
-    assert read_gray(tmp_path / "a.png").tolist() == [[0, 127, 255]] or bits != 8
-    assert np.abs(read_gray(tmp_path / "a.png").astype(int) - [[0, 127, 255]]).max() <= 1
+def test_no_deep_image_is_scaled_by_its_own_brightest(tmp_path: Path):
+    """A dim image of 12 bits beside a bright one stays dim; read alone, files of 16 bits are divided by 257."""
+    images = []
+    for name, values in (("dim", [0, 1000, 2000]), ("bright", [0, 2048, 4095])):
+        Image.fromarray(np.array([values], np.uint16)).save(tmp_path / f"{name}.png")
+        images.append(conditions.open_image(tmp_path / f"{name}.png"))
+        assert read_gray(tmp_path / f"{name}.png").tolist() == [[round(value / 257) for value in values]]
+    white = conditions.white_level(map(conditions.brightest, images))
+    assert [conditions.to_gray(image, white).tolist() for image in images] == [[[0, 62, 125]], [[0, 128, 255]]]
+    assert [conditions.white_level([0, top]) for top in (1, 2, 256, 4095, 4096, 16384)] == [
+        1, 255, 1023, 4095, 16383, 65535
+    ]  # fmt: skip
+    assert conditions.brightest(Image.fromarray(np.full((1, 1), 200, np.uint8))) == 0
+
+
+@pytest.mark.parametrize(("kind", "most"), [(np.int32, 65535), (np.float32, 1)])
+def test_values_of_unknown_meaning_are_refused(tmp_path: Path, kind: type, most: int):
+    Image.fromarray(np.array([[0, most]], kind)).save(tmp_path / "a.tif")
+    assert read_gray(tmp_path / "a.tif").tolist() == [[0, 255]]
+    Image.fromarray(np.array([[0, most * 2]], kind)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=f"a.tif: has values above {most}: convert it"):
+        read_gray(tmp_path / "a.tif")
 
 
 def test_reading_resizes_images_smoothly_and_masks_sharply(tmp_path: Path):

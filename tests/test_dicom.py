@@ -122,6 +122,14 @@ def test_rescale_window_and_sign(tmp_path: Path):
     assert np.abs(gray - expected).max() <= 1
 
 
+def test_8_bits_without_a_window_are_shown_as_they_are(tmp_path: Path):
+    dim = speckle(0)
+    assert dim.max() < 200
+    assert np.array_equal(dicom.read_image(make(tmp_path / "a", dim)), dim)
+    signed = dicom.read_image(make(tmp_path / "b", (dim.astype(int) - 128).astype(np.int8), RescaleIntercept=128))
+    assert np.array_equal(signed, dim)
+
+
 def test_a_window_gives_frames_of_one_clip_one_scale(tmp_path: Path):
     frames = np.stack([np.full((8, 8), level, np.uint8) for level in (60, 120)])
     frames[:, 0, 0] = 0
@@ -259,6 +267,7 @@ def test_nothing_identifying_in_any_output(tmp_path: Path):
     planted(source / f"{NAME}_CT", speckle(3), Modality=NAME[:10])
     broken = planted(source / f"{NAME}_broken", speckle(4)).read_bytes()
     (source / f"{NAME}_broken").write_bytes(broken[: len(broken) // 2])
+    planted(source / f"{NAME}_kind", speckle(6), PhotometricInterpretation=NAME)  # pydicom quotes it in an error
     odd = dcmread(planted(source / f"{NAME}_odd", speckle(5), **scan))
     odd.SpecificCharacterSet = NAME  # pydicom quotes it in a warning
     odd.save_as(source / f"{NAME}_odd")
@@ -287,6 +296,7 @@ def test_nothing_identifying_in_any_output(tmp_path: Path):
     assert not any(secret in (done.stdout + done.stderr).lower() for secret in secrets)
     told = report(tmp_path)
     assert told["left_out"]["of another modality"] and told["left_out"]["no DICOM file"] and len(rows) == 3
+    assert told["left_out"]["damaged: ValueError"]
     assert {
         "PatientName",
         "private",

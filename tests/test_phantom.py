@@ -182,8 +182,9 @@ def test_common_preset_holds_no_rare_subtype_and_no_particular_term():
     assert not {term for case in cases for term in case.attributes.values()} & particular
 
 
-def test_longtail_plan():
-    cases = phantom.plan(1200, 0, "longtail", frozenset())
+@pytest.mark.parametrize("preset", ["longtail", "study"])
+def test_a_plan_with_rare_classes(preset):
+    cases = phantom.plan(1200, 0, preset, frozenset())
     train = Counter(case.label for case in cases if case.split == "train")
     test = Counter(case.label for case in cases if case.split == "test")
     assert train["benign"] > 8 * train["FTC"] and train["FTC"] >= 20 and len(set(test.values())) == 1

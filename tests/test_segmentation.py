@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+import types
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,6 +15,7 @@ from PIL import Image
 
 from data import segmentation
 from data.prepare import main
+from tiger.conditions import read_mask
 from tiger.errors import InputError, run
 from tiger.manifest import Manifest, Row, read, write
 
@@ -214,6 +218,62 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert run(main, ["segmenter", *argv]) == 2
         assert told in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+class Chest:
+    """Stands in for TorchXRayVision's PSPNet: the left lung is what is bright on the left."""
+
+    targets = ("Heart", "Right Lung", "Left Lung")
+
+    def __init__(self, cache_dir: str):
+        assert (Path(cache_dir) / segmentation.LUNG_WEIGHTS).is_file()
+
+    def __call__(self, image: Any) -> Any:
+        import torch
+
+        assert image.shape == (1, 1, 512, 512) and -1024 <= image.min() < image.max() <= 1024
+        bright, left = torch.where(image[:, 0] > 0, 4.0, -4.0), torch.arange(512) < 256
+        nowhere = torch.full_like(bright, -4.0)
+        return torch.stack([nowhere + 8, torch.where(left, nowhere, bright), torch.where(left, bright, nowhere)], 1)
+
+
+def test_lungs_are_both_sides_of_chest_x_rays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    data = data_set(tmp_path / "set")
+    disks = {row.file_name: read_mask(data.file(row, "condition_fg")) for row in data.rows if row.condition_fg}
+    write(data.path, [replace(row, condition_fg=None) for row in data.rows])
+    (tmp_path / segmentation.LUNG_WEIGHTS).touch()
+    argv = ["lungs", "--data_dir", str(data.root), "--weights", str(tmp_path / segmentation.LUNG_WEIGHTS)]
+    monkeypatch.setitem(sys.modules, "torchxrayvision", None)
+    assert run(main, ["segmenter", *argv]) == 2
+    assert "lungs need TorchXRayVision: pip install torchxrayvision" in capsys.readouterr().err
+    models = types.SimpleNamespace(chestx_det=types.SimpleNamespace(PSPNet=Chest))
+    monkeypatch.setitem(sys.modules, "torchxrayvision", types.SimpleNamespace(baseline_models=models))  # type: ignore
+    assert run(main, ["segmenter", *argv]) == 0
+    found = read(data.root)
+    for row in found.rows:
+        if row.file_name in disks:  # which lie on both sides
+            assert segmentation.overlap(read_mask(found.file(row, "condition_fg")), disks[row.file_name])[0] > 0.9
+
+
+def test_a_patient_in_two_splits_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data_set(tmp_path / "set")
+    data = read(tmp_path / "set")
+    write(data.path, [replace(row, patient_id="P" if number > 1 else "Q") for number, row in enumerate(data.rows)])
+    folder = ["--data_dir", str(tmp_path / "set")]
+    assert run(main, ["segmenter", "train", *folder, "--output_dir", str(tmp_path / "m")]) == 2
+    assert "patient P: is in test and train and valid: keep each patient in one split" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+    with pytest.raises(InputError, match="patient P"):
+        segmentation.evaluate(str(tmp_path / "set"), str(tmp_path / "m"))
+
+
+def test_a_damaged_image_is_named_beside_ultralytics_too(tmp_path: Path):
+    segmentation.ultralytics()
+    (tmp_path / "bad.png").write_bytes(b"junk")
+    with pytest.raises(InputError, match="bad.png: cannot be read as an image"):
+        read_mask(tmp_path / "bad.png")
 
 
 def test_a_checkpoint_that_runs_code_is_refused(tmp_path: Path):

@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import webdataset
+from eval_samples import write_dataset
+from PIL import Image
+from test_quality import Histogram
 from training_samples import SIDE, differing, flags, save_base, save_data
 
 from data import shards as writer
 from data.prepare import main
+from data.segmentation import add_masks
+from eval import quality
 from tiger import manifest, pretrain, shards
+from tiger.conditions import open_image
 from tiger.dataset import TigerDataset
 from tiger.errors import InputError, run
 
@@ -24,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     records = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     records[5] |= {"synthetic": True, "derived_from": ["file_name/0.png", "elsewhere.png"]}
     name = "file_name/6.JPG"
-    shards.open_image(folder / records[6]["file_name"]).save(folder / name, format="JPEG")
+    open_image(folder / records[6]["file_name"]).save(folder / name, format="JPEG")
     records[6] |= {"file_name": name, "condition_fg": None, "organ_mask": records[7]["condition_fg"]}
     (folder / "metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
@@ -95,6 +101,74 @@ def test_a_training_on_shards_is_bit_equal_and_resumes(tmp_path: Path):
 
     train(out, "stopped", 1)
     assert not differing(train(out, "stopped", 3), train(folder, "whole", 3))
+
+
+def quality_of(real: Path, fake: Path, output: Path) -> dict:
+    given = ["--real", str(real), "--fake", str(fake), "--cache_dir", str(output.parent / "cache")]
+    quality.main([*given, "--output", str(output)])
+    return json.loads(output.read_text())
+
+
+def test_evaluation_of_shards_gives_the_same_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quality, "load_extractor", lambda name, weights: Histogram())
+    monkeypatch.setattr(quality, "RESAMPLES", 4)
+    monkeypatch.setattr(quality, "REPEATS", 2)
+    write_dataset(tmp_path / "real", {"train": {"benign": 8, "FTC": 8}, "test": {"benign": 12, "FTC": 12}})
+    write(tmp_path / "real", tmp_path / "shards")
+    names = [row.file_name for row in manifest.read(tmp_path / "real").rows]
+    packed = [row.file_name for row in manifest.read(tmp_path / "shards").rows]
+    reports = []
+    for name, sources, real in (("a", names, "real"), ("b", packed, "shards")):
+        counts = {"train": {"benign": 6, "FTC": 6}}
+        write_dataset(tmp_path / name, counts, seed=1, synthetic=True, prefix="S", sources=sources[:16])
+        write(tmp_path / name, tmp_path / f"{name}-shards")
+        fake = tmp_path / (name if name == "a" else "b-shards")
+        reports.append(quality_of(tmp_path / real, fake, tmp_path / f"{name}.json"))
+    for part in ("overall", "per_class", "left_out"):
+        assert reports[0][part] == reports[1][part]
+
+
+def test_every_command_of_prepare_takes_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """check, its --fix, conditions, split, folds and shards again: the same findings and bytes as from the folder."""
+    folder, packed = save_data(tmp_path / "folder"), tmp_path / "packed"
+    records = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    records[3]["condition_bg"] = None
+    Image.new("L", (SIDE, SIDE)).save(folder / records[4]["condition_fg"])  # an empty mask: one error
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert write(folder, packed) == 0
+    results = []
+    for data in (folder, packed):
+        name = f"{data.name}-"
+        common = ["--data_dir", str(data)]
+        assert run(main, ["check", *common, "--workers", "1", "--output", str(tmp_path / f"{name}a.json")]) == 2
+        findings = json.loads((tmp_path / f"{name}a.json").read_text())["findings"]
+        assert run(main, ["conditions", *common, "--workers", "1"]) == 0
+        assert "1 maps written, 11 were there" in capsys.readouterr().out
+        assert run(main, ["check", *common, "--fix", str(tmp_path / f"{name}mended"), "--workers", "1"]) == 0
+        assert run(main, ["split", *common, "--folds", "3", "--output_dir", str(tmp_path / f"{name}split")]) == 0
+        assert run(main, ["shards", *common, "--output_dir", str(tmp_path / f"{name}again")]) == 0
+        sets = [manifest.read(tmp_path / f"{name}{path}") for path in ("mended", "split/fold1.jsonl", "again")]
+        contents = [
+            shards.read_bytes(rows.file(row, column))
+            for rows in sets for row in rows.rows for column in manifest.FILE_COLUMNS if getattr(row, column)
+        ]  # fmt: skip
+        results.append(([finding["code"] for finding in findings], contents, [len(rows.rows) for rows in sets]))
+    assert results[0][0].count("empty_mask") == results[0][0].count("no_map") == 1
+    assert results[0] == results[1] and results[0][2] == [11, 12, 12]
+
+
+def test_masks_are_found_for_images_in_shards(tmp_path: Path):
+    folder, packed = save_data(tmp_path / "folder"), tmp_path / "packed"
+    records = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    lines = [json.dumps(record | {"condition_fg": None}) for record in records]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    write(folder, packed)
+    found = []
+    for path in (folder, packed):
+        add_masks(manifest.read(path), lambda gray: (gray // 128 * 255, 0.9), {"column": "condition_fg"})
+        data = manifest.read(path)
+        found.append([shards.read_bytes(data.file(row, "condition_fg")) for row in data.rows])
+    assert found[0] == found[1] and len(set(found[0])) == 12
 
 
 def test_a_stopped_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

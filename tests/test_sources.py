@@ -289,6 +289,21 @@ def test_folder_with_mapped_columns(tmp_path: Path):
     assert rows["p1_view"].condition_fg == "condition_fg/p1_view.png" and rows["p2_view"].condition_fg is None
 
 
+def test_folder_scales_images_of_12_bits_alike(tmp_path: Path):
+    shown = speckle(3, 40, 48).astype(np.uint16)
+    lines = [f"{name},PTC" for name in ("dim.png", "bright.png")]
+    write_csv(tmp_path / "in" / "metadata.csv", "file_name,label", *lines)
+    (tmp_path / "in" / "masks").mkdir()
+    for name, factor, white in (("dim", 5, 1), ("bright", 27, 255)):
+        Image.fromarray(shown * factor).save(tmp_path / "in" / f"{name}.png")
+        Image.fromarray((mask(9) // 255 * white).astype(np.uint16)).save(tmp_path / "in" / "masks" / f"{name}.png")
+    assert build("folder", tmp_path) == 0
+    for stem, factor in (("dim", 5), ("bright", 27)):
+        written = np.array(Image.open(tmp_path / "out" / "images" / f"{stem}.png"))
+        assert np.abs(written - shown * (factor * 255 / 4095)).max() <= 0.5
+        assert (np.array(Image.open(tmp_path / "out" / "condition_fg" / f"{stem}.png")) == mask(9)).all()
+
+
 def test_folder_says_what_is_wrong_with_a_mapping(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     save(tmp_path / "in" / "a.png", speckle(1, 40, 48))
     save(tmp_path / "in" / "images" / "a.png", speckle(1, 40, 48))
@@ -382,23 +397,28 @@ def test_pictures_inside_a_table(tmp_path: Path, layout: str, monkeypatch: pytes
             assert (np.array(Image.open(tmp_path / "out" / row.condition_fg)) == mask(5 + i)).all()
 
 
-def image_folder(folder: Path, picture: str = "a/{i}.png") -> None:
+def image_folder(folder: Path, picture: str = "a/{i}.png", kind: str = "jsonl") -> None:
     """Two pictures in each of two splits, with a metadata file beside them that names `picture`."""
     for part in ("train", "test"):
         for i in range(2):
             save(folder / part / "a" / f"{i}.png", speckle(i, 40, 48))
         lines = [
-            {"file_name": picture.format(i=i), "text": "benign, solid", "patient_id": f"{part} 00{i}"} for i in range(2)
+            {"file_name": picture.format(i=i), "patient_id": f"00{7 + i}{part == 'test':d}", "text": "benign; solid"}
+            for i in range(2)
         ]
-        write_csv(folder / part / "metadata.jsonl", *map(json.dumps, lines))
+        table = [",".join(lines[0]), *(",".join(line.values()) for line in lines)]
+        write_csv(folder / part / f"metadata.{kind}", *(table if kind == "csv" else map(json.dumps, lines)))
 
 
-def test_an_image_folder_with_splits(tmp_path: Path):
-    image_folder(tmp_path / "in")
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_an_image_folder_with_splits(tmp_path: Path, kind: str):
+    """Patient 007 stays apart from patient 7."""
+    image_folder(tmp_path / "in", kind=kind)
     assert build("folder", tmp_path) == 0
     rows = rows_of(tmp_path, "thyroid")
     assert {name: (row.split, row.patient_id) for name, row in rows.items()} == {
-        f"{part}_a_{i}": (part, f"{part} 00{i}") for part in ("train", "test") for i in range(2)
+        "train_a_0": ("train", "0070"), "train_a_1": ("train", "0080"),
+        "test_a_0": ("test", "0071"), "test_a_1": ("test", "0081"),
     }  # fmt: skip
 
 

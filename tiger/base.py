@@ -35,7 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tiger import manifest
 from tiger.components import load_components
-from tiger.conditions import grow
+from tiger.conditions import grow, read_gray
 from tiger.errors import InputError, run
 from tiger.files import atomic_path, read_json, write_json
 from tiger.knowledge import Knowledge
@@ -47,7 +47,7 @@ TEXT_WIDTH = 96
 
 def load_gray(data: manifest.Manifest, column: str = "file_name") -> NDArray[np.uint8]:
     """(N, H, W) uint8, all images of a manifest's column in memory."""
-    images = [np.asarray(Image.open(data.file(row, column)).convert("L")) for row in tqdm(data.rows, desc="read")]
+    images = [read_gray(data.file(row, column)) for row in tqdm(data.rows, desc="read")]
     return np.stack(images)
 
 

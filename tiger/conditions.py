@@ -3,7 +3,8 @@
 Arrays are HxW uint8; masks hold 0 and 255. An image's x axis points right and its y axis down (to deeper tissue).
 """
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from tiger import shards
 from tiger.errors import InputError
 
 Gray = NDArray[np.uint8]
+WHITE = 65535  # in images of 16 bits
+MOST = {"I": WHITE, "F": 1}  # the highest value, by PIL's mode, whose meaning is known
 
 # Axis along which the organ's poles lie, for each plane. In a longitudinal view it is the horizontal one. A transverse
 # view shows no pole; the paper divides the organ by vertical lines whatever the plane, and so do we.
@@ -31,35 +35,59 @@ EXTENSION_PX, EXTENSION_AT = 10, 512  # a mask reaches at most 10 px beyond the 
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Decode an image file completely. Raises InputError when it is missing, damaged or no image."""
+    """Decode an image file, in a folder or in a shard. Raises InputError when it is missing, damaged or no image."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
+        return decode(shards.read_bytes(Path(path)), str(path))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): replace the file") from error
+
+
+def decode(content: bytes, name: str) -> Image.Image:
+    """Decode an image completely; the InputError, where it cannot be, calls it by `name`."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise InputError(f"{path}: cannot be read as an image ({reason}): replace the file") from error
+        raise InputError(f"{name}: cannot be read as an image ({reason}): replace the file") from error
+    if image.mode in MOST and np.asarray(image).max(initial=0) > MOST[image.mode]:
+        raise InputError(f"{name}: has values above {MOST[image.mode]}: convert it to 8 or 16 bits")
+    return image
 
 
-def to_gray(image: Image.Image) -> Gray:
+def to_gray(image: Image.Image, white: int = WHITE) -> Gray:
     """Any PIL image → HxW uint8.
 
-    Colour is converted by its luma, transparency dropped. Deeper images are scaled so that the smallest bit depth of
-    8, 10, 12, 14 or 16 that holds their maximum fills 0-255, which keeps images of one scanner comparable. Float
-    images are taken as 0-1 if nothing exceeds 1, else as 0-255.
+    Colour is converted by its luma, transparency dropped, float images are taken as 0-1. Images of more than 8 bits are
+    scaled by `white`, the value that becomes 255: the same for a whole data set (see `white_level`), as images that are
+    scaled one by one can no longer be compared.
     """
     if image.mode.startswith("I"):  # I, I;16, I;16B
-        values = np.asarray(image, dtype=np.int64)
-        depth = next((bits for bits in (8, 10, 12, 14, 16) if values.max(initial=0) < 1 << bits), 32)
-        return _to_uint8(values * (255.0 / ((1 << depth) - 1)))
+        return _to_uint8(np.asarray(image, dtype=np.float64) * (255.0 / white))
     if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        return _to_uint8(values * (255.0 if values.max(initial=0.0) <= 1 else 1.0))
+        return _to_uint8(np.nan_to_num(np.asarray(image, dtype=np.float64)) * 255.0)
     if image.mode not in ("L", "1", "RGB"):
         image = image.convert("RGB")  # palettes, alpha, CMYK
     return np.array(image.convert("L"), dtype=np.uint8)
+
+
+def brightest(image: Image.Image) -> int:
+    """The highest value of an image of more than 8 bits; 0 for all others, whose white is known."""
+    return int(np.asarray(image).max(initial=0)) if image.mode.startswith("I") else 0
+
+
+def white_level(highest: Iterable[int]) -> int:
+    """What `white` is in images of more than 8 bits: all of the bits that the brightest of their values needs.
+
+    Scanners store 10, 12 or 14 bits in files of 16.
+
+    Args:
+        highest: `brightest` of each image of a data set.
+    """
+    top = max(highest, default=WHITE)
+    return next(white for white in (1, 255, 1023, 4095, 16383, WHITE) if top <= white)
 
 
 def _to_uint8(values: NDArray[Any]) -> Gray:
@@ -144,17 +172,29 @@ def sobel_map(image: Gray) -> Gray:
 
 
 def boundary_map(image: Gray, mask: Gray) -> Gray:
-    """The Sobel map with the outline of `nodule_region` drawn into it at 255, just outside it: HxW uint8 → HxW uint8.
+    """The Sobel map with the `outline` of the mask drawn into it: HxW uint8 → HxW uint8.
 
-    As thick as a 512 px image's line of 2 px. It lies outside so that `blank_nodule` leaves it.
     Raises InputError when the two differ in size.
     """
     if image.shape != mask.shape:
         raise InputError(f"the mask is {mask.shape[::-1]}, the image {image.shape[::-1]}: make them agree")
-    thickness = max(1, round(2 * max(image.shape) / 512))
+    return np.maximum(sobel_map(image), outline(mask))
+
+
+def outline(mask: Gray) -> Gray:
+    """A line around `nodule_region`, as thick as a 512 px image's line of 2 px: 0 or 255.
+
+    It lies just outside the region so that `blank_nodule` leaves it.
+    """
     region = nodule_region(mask)
-    outline = (grow(region, thickness) > 0) & (region == 0)
-    return np.where(outline, 255, sobel_map(image)).astype(np.uint8)
+    line = grow(region, max(1, round(2 * max(mask.shape) / 512)))
+    return np.where(region > 0, 0, line).astype(np.uint8)
+
+
+def has_outline(edges: Gray, mask: Gray) -> bool:
+    """Whether a map is a `boundary_map` of this mask; no Sobel map is at its limit all around a nodule."""
+    line = outline(mask) > 0
+    return edges.shape == mask.shape and bool(line.any() and (edges[line] == 255).all())
 
 
 def nodule_region(mask: Gray) -> Gray:

@@ -314,16 +314,37 @@ def check(
         on_row: called once a row, for a progress bar.
     """
 
+    from tiger.conditions import brightest
+
     def problems_of(row: Row) -> list[str]:
-        problems = [*text_problems(row, knowledge), *file_problems(manifest.root, row, conditions, siblings)[0]]
+        found, images = file_problems(manifest.root, row, conditions, siblings)
+        if "file_name" in images:
+            highest.append(brightest(images["file_name"]))
         on_row()
-        return [f"{row.file_name}: {problem.message}" for problem in problems]
+        return [f"{row.file_name}: {problem.message}" for problem in (*text_problems(row, knowledge), *found)]
 
     siblings = Siblings(manifest.root)
+    highest: list[int] = []
     rows = {row.file_name: row for row in manifest.rows}  # a caller may show some rows twice
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
         problems = [problem for found in pool.map(problems_of, rows.values()) for problem in found]
-    _raise(manifest.path, [*problems, *straddling_patients(manifest.rows)])
+    _raise(manifest.path, [*problems, *straddling_patients(manifest.rows), *dark_images(highest, manifest.root)])
+
+
+def dark_images(highest: Iterable[int], root: Path) -> Iterator[str]:
+    """One line if images of more than 8 bits use so few of their 16 that they would be read as nearly black.
+
+    Args:
+        highest: `conditions.brightest` of each image.
+    """
+    from tiger.conditions import WHITE, white_level
+
+    top = max(highest, default=0)
+    if top and (white := white_level([top])) < WHITE:
+        yield (
+            f"the images of 16 bits hold at most {top}, of {WHITE} that is white: python -m data.prepare check "
+            f"--data_dir {root} --fix FOLDER writes them in 8 bits, where {white} is white"
+        )
 
 
 class Problem(NamedTuple):
@@ -458,7 +479,7 @@ def file_problems(
         if value is None:
             continue
         path = root / value
-        if not path.is_file() and not shards.is_member(path):
+        if not shards.exists(path):
             found = siblings.find(path)
             problems.append(Problem("missing_file", f"{column} {value!r} does not exist{siblings.advice(found)}"))
             if found is None:
@@ -477,11 +498,11 @@ def file_problems(
 
 def _image_problems(path: Path, column: str) -> tuple[list[Problem], Image.Image | None]:
     """Problems of one image file, and the image if it opens."""
-    from tiger.conditions import border_bars, to_gray
+    from tiger.conditions import border_bars, open_image, to_gray  # OpenCV loads slowly, and reading needs none
 
     problems: list[Problem] = []
     try:
-        image = shards.open_image(path)
+        image = open_image(path)
     except InputError as error:
         return [Problem("unreadable", str(error).removeprefix(f"{path}: "))], None
     expected = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(path.suffix.lower())

@@ -6,11 +6,8 @@ itself, in any order and by any process: nothing is unpacked, and nothing is shu
 """
 
 import functools
-import io
 import os
 from pathlib import Path
-
-from PIL import Image
 
 from tiger.errors import InputError
 from tiger.files import read_json
@@ -24,34 +21,19 @@ def is_member(path: Path) -> bool:
     return path.parent.suffix == SUFFIX and path.parent.is_file()
 
 
+def exists(path: Path) -> bool:
+    """Whether there is a file, in its folder or in a shard; one that a shard lacks is told of when it is read."""
+    return path.is_file() or is_member(path)
+
+
 def read_bytes(path: Path) -> bytes:
     """The content of a file in a folder or in a shard. Raises InputError where a shard or its index is damaged."""
     return _shard(path.parent).read(path.name) if is_member(path) else path.read_bytes()
 
 
-def open_image(path: Path) -> Image.Image:
-    """Decode an image file in a folder or in a shard. Raises InputError when it is missing, damaged or no image."""
-    from tiger import conditions  # OpenCV takes a while to load, and reading a manifest needs none
-
-    return decode(read_bytes(path), str(path)) if is_member(path) else conditions.open_image(path)
-
-
-def decode(content: bytes, name: str) -> Image.Image:
-    """Decode an image from bytes; the InputError, where they are none, calls it by `name`."""
-    from tiger import conditions
-
-    return conditions.open_image(_Named(content, name))  # pyright: ignore[reportArgumentType]  # PIL reads files too
-
-
-class _Named(io.BytesIO):
-    """Bytes under a name, for messages."""
-
-    def __init__(self, content: bytes, name: str):
-        super().__init__(content)
-        self.name = name
-
-    def __str__(self) -> str:
-        return self.name
+def file_size(path: Path) -> int:
+    """Bytes of a file in a folder or in a shard. Raises InputError where a shard or its index is damaged."""
+    return _shard(path.parent).place(path.name)[1] if is_member(path) else path.stat().st_size
 
 
 class _Shard:
@@ -68,10 +50,13 @@ class _Shard:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
 
-    def read(self, name: str) -> bytes:
+    def place(self, name: str) -> tuple[int, int]:
         if name not in self.members:
             raise InputError(f"{self.path}: has no member {name}: its index and the manifest belong to other shards")
-        offset, size = self.members[name]
+        return self.members[name]
+
+    def read(self, name: str) -> bytes:
+        offset, size = self.place(name)
         content = os.pread(self.descriptor, size, offset)
         if len(content) != size:
             raise InputError(f"{self.path}: ends before {name} does: copy it again, or write the shards again")

@@ -14,18 +14,21 @@ python -m data.prepare build --source folder --input cxr --output_dir runs/cxr -
 python -m data.prepare build --source folder --input saved --output_dir runs/mine --columns image=scan,text=report
 """
 
+import io
 import tempfile
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from data.sources.tables import PICTURES, Names, Record, read_table
 from data.sources.writer import collect_rows, write_case, write_png
-from tiger.conditions import Gray, binarize, read_gray, resize_mask, to_gray
+from tiger.conditions import Gray, binarize, brightest, decode, open_image, resize_mask, to_gray, white_level
 from tiger.errors import InputError
 from tiger.knowledge import Knowledge
 from tiger.manifest import Row, column_problem
-from tiger.shards import decode
+
+Picture = Path | str | bytes  # a file below the input folder, or the content of one
 
 
 def build(
@@ -36,7 +39,8 @@ def build(
 
     A free-text report in `text` is split into foreground and background; what it says that the knowledge base does not
     know is printed. Without any text the prompt is made of the label. Pictures that lie in the table itself are called
-    by its line. Raises one InputError that lists every bad row.
+    by its line. Images of more than 8 bits are scaled alike, by the bits that the brightest of them needs. Raises one
+    InputError that lists every bad row.
 
     Args:
         table, columns: see `read_table`.
@@ -58,12 +62,14 @@ def build(
             label = record.get("label", "")
             record |= {"label": (labels or {}).get(label, label)} if label else {}
             mask, organ = record.get("mask", masks.get(stem)), record.get("organ_mask", organs.get(stem))
-            return build_row(record, stem, input_dir, output_dir, size, knowledge, mask, organ)
+            return build_row(record, stem, input_dir, output_dir, size, knowledge, mask, organ, white)
         except InputError as error:
             raise InputError(f"line {number}: {error}") from error
 
     with tempfile.TemporaryDirectory(prefix="tables-") as scratch:
         records = read_table(input_dir, table, columns, Path(scratch))
+        numbers = tqdm(range(len(records)), desc="bits", unit="image")
+        white = white_level(brightest_of(records[number], input_dir) for number in numbers)
         return collect_rows(row, list(enumerate(range(len(records)), 2)), "folder", input_dir)
 
 
@@ -99,15 +105,15 @@ def files_by_stem(folder: Path) -> dict[str, Path]:
 
 def build_row(
     record: Record, stem: str, input_dir: Path, output_dir: Path, size: int | None, knowledge: Knowledge,
-    mask: Path | str | bytes | None, organ: Path | str | bytes | None,
+    mask: Picture | None, organ: Picture | None, white: int,
 ) -> Row:  # fmt: skip
-    """Write the files of one table line and return its row."""
+    """Write the files of one table line and return its row; `white` is what is white in images of more than 8 bits."""
     texts, attributes, label = prompts(record, knowledge)
-    image = picture(record["file_name"], input_dir)
-    columns = write_case(output_dir, stem, image, None if mask is None else binarize(picture(mask, input_dir)), size)
+    image = to_gray(picture(record["file_name"], input_dir), white)
+    columns = write_case(output_dir, stem, image, None if mask is None else mask_of(mask, input_dir), size)
     if organ is not None:
         columns["organ_mask"] = f"organ_mask/{stem}.png"
-        organ_mask = binarize(picture(organ, input_dir))
+        organ_mask = mask_of(organ, input_dir)
         write_png(output_dir / columns["organ_mask"], organ_mask if size is None else resize_mask(organ_mask, size))
     plane = record.get("plane") or attributes.get("direction", "").removesuffix(" plane") or None
     return Row(
@@ -116,9 +122,27 @@ def build_row(
     )  # fmt: skip
 
 
-def picture(cell: Path | str | bytes, input_dir: Path) -> Gray:
-    """The pixels of a file below `input_dir`, or of one that lies in the table."""
-    return to_gray(decode(cell, "a picture in the table")) if isinstance(cell, bytes) else read_gray(input_dir / cell)
+def picture(cell: Picture, input_dir: Path) -> Image.Image:
+    """A file below `input_dir`, or one that lies in the table, decoded."""
+    return decode(cell, "a picture in the table") if isinstance(cell, bytes) else open_image(input_dir / cell)
+
+
+def mask_of(cell: Picture, input_dir: Path) -> Gray:
+    """A mask in 0 and 255, whatever the bits of its file."""
+    image = picture(cell, input_dir)
+    return binarize(to_gray(image, white_level([brightest(image)])))
+
+
+def brightest_of(record: Record, input_dir: Path) -> int:
+    """`brightest` of a line's image, of which most need no decoding; 0 where it is bad, which is told of later."""
+    try:
+        check_columns(record, input_dir)
+        cell = record["file_name"]
+        with Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else input_dir / cell) as image:
+            deep = image.mode.startswith("I")
+        return brightest(picture(cell, input_dir)) if deep else 0
+    except (InputError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return 0
 
 
 def prompts(record: Record, knowledge: Knowledge) -> tuple[tuple[str, str], Names, str | None]:

@@ -4,6 +4,7 @@ reads (`save_to_disk`; Parquet parts as `push_to_hub` writes them; an image fold
 Nothing is fetched, no code of the folder is run, and no file outside of it is opened.
 """
 
+import csv
 import json
 import os
 from collections.abc import Sequence
@@ -97,8 +98,9 @@ def load(path: Path, cache_dir: Path) -> Any:
             found: Any = datasets.load_from_disk(path)
         else:
             kind = kind_of(path)
-            files: Any = {"data_dir": str(path)} if path.is_dir() else {"data_files": str(path)}
-            found = datasets.load_dataset(kind, **files, cache_dir=str(cache_dir))
+            options: Any = {"data_dir": str(path)} if path.is_dir() else {"data_files": str(path)}
+            options |= as_text(path) if kind == "imagefolder" else {}
+            found = datasets.load_dataset(kind, **options, cache_dir=str(cache_dir))
         if isinstance(found, datasets.DatasetDict):
             parts = [part.add_column(SPLIT, [str(name)] * len(part)) for name, part in found.items()]
             found = datasets.concatenate_datasets(parts if len(parts) > 1 else list(found.values()))
@@ -122,6 +124,24 @@ def kind_of(path: Path) -> str:
         return kinds[path.suffix]
     parts = {file.name for file in path.rglob("*.parquet")} - {"metadata.parquet"}
     return "parquet" if parts else "imagefolder"
+
+
+def as_text(folder: Path) -> dict[str, Any]:
+    """Options that keep the cells of an image folder's CSV files as they are: `007` is another patient than `7`."""
+    import datasets
+
+    tables = sorted(folder.rglob("metadata.csv"))
+    if not tables:
+        return {}
+    with open(tables[0], encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file), [])
+    features: dict[str, Any] = {}
+    for name in names:  # the reader makes pictures `image` and `mask` out of `file_name` and `mask_file_name`
+        if name.endswith("file_name"):
+            features[name.removesuffix("file_name").removesuffix("_") or "image"] = datasets.Image(decode=False)
+        else:
+            features[name] = datasets.Value("string")
+    return {"features": datasets.Features(features)}
 
 
 def refuse_paths(folder: Path) -> None:
