@@ -1,12 +1,13 @@
 """What a synthetic image costs and how good it is: this sampler's settings against diffusers' stock pipelines.
 
     python -m benchmarks.generate --model runs/quickstart/finetune --data_dir runs/quickstart/data --output runs/bench \
-        --each 10 --steps 50 --guidance_scale 2
+        --each 10 --steps 50 --guidance_scale 2 --student runs/quickstart/student
 
 The stock routes are on the same networks: `StableDiffusionControlNetInpaintPipeline` twice, the nodule and then its
 surroundings, as the paper's code does, and `StableDiffusionControlNetPipeline` with a MultiControlNet. Every setting
 draws the same recipes from the same seeds. Batch after batch all settings take turns, so that whatever else slows the
-machine slows all; one batch before, which is not counted, warms each up. Quality is against the real test images.
+machine slows all; one batch before, which is not counted, warms each up. Beside the time that passed stands what the
+process took of its cores, which other work on them changes little. Quality is against the real test images.
 """
 
 import argparse
@@ -26,11 +27,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval import charts
-from eval.control import attribute_control, mask_control
 from eval.features import default_cache, features_of, load_extractor
-from eval.images import patients_of, read_split, select_split
-from eval.judges import load_attribute_net, load_segmenter
+from eval.gate import attribute_scores, mask_scores
+from eval.images import read_split, select_split
 from eval.quality import fid, kid
+from tiger.components import is_distilled
 from tiger.errors import InputError, run
 from tiger.files import atomic_path, write_json
 from tiger.generate import Pair, check_model, make_scheduler, model_resolution, parse_count, read_image
@@ -40,6 +41,8 @@ from tiger.output import Output
 from tiger.pipeline import TigerPipeline
 from tiger.recipes import Planner, Recipe, draw_conditions, read_training_rows
 
+FEW = (4, 6, 8)  # steps of a multistep solver
+STUDENT_STEPS = (2, 4)
 PANELS = {
     "kid": "KID to real test images ↓",
     "mask_iou": "IoU with the mask asked for ↑",
@@ -91,7 +94,7 @@ def ours(pipeline: TigerPipeline, scheduler: str, steps: int, guidance_scale: fl
     return draw
 
 
-def stock(kind: Any, pipeline: TigerPipeline, controlnet: Any) -> Any:
+def stock(kind: Any, pipeline: TigerPipeline, controlnet: Any, scheduler: str) -> Any:
     """A stock pipeline on the same networks."""
     unet = pipeline.unet
     if kind is diffusers.StableDiffusionControlNetInpaintPipeline:
@@ -100,16 +103,16 @@ def stock(kind: Any, pipeline: TigerPipeline, controlnet: Any) -> Any:
         unet.register_to_config(in_channels=4)
     made = kind(
         pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, unet, controlnet,
-        make_scheduler("ddim", pipeline.scheduler.config), None, None, requires_safety_checker=False,
+        make_scheduler(scheduler, pipeline.scheduler.config), None, None, requires_safety_checker=False,
     )  # fmt: skip
     made.set_progress_bar_config(disable=True)
     return made.to(pipeline.device)
 
 
-def stock_twice(pipeline: TigerPipeline, steps: int, guidance_scale: float) -> Draw:
+def stock_twice(pipeline: TigerPipeline, scheduler: str, steps: int, guidance_scale: float) -> Draw:
     """The nodule into the real image by the FG-Encoder, then the rest by the BG-Encoder, each with its own prompt."""
     kind = diffusers.StableDiffusionControlNetInpaintPipeline
-    first, second = (stock(kind, pipeline, net) for net in (pipeline.controlnet.fg, pipeline.controlnet.bg))
+    first, second = (stock(kind, pipeline, net, scheduler) for net in (pipeline.controlnet.fg, pipeline.controlnet.bg))
 
     def draw(batch: Batch) -> list[Image.Image]:
         masks = batch.pictures(0)
@@ -128,10 +131,10 @@ def stock_twice(pipeline: TigerPipeline, steps: int, guidance_scale: float) -> D
     return draw
 
 
-def stock_multi(pipeline: TigerPipeline, steps: int, guidance_scale: float) -> Draw:
+def stock_multi(pipeline: TigerPipeline, scheduler: str, steps: int, guidance_scale: float) -> Draw:
     """Both encoders in one pass, their residuals summed, with one prompt for all."""
     nets = diffusers.MultiControlNetModel([pipeline.controlnet.fg, pipeline.controlnet.bg])
-    pipe = stock(diffusers.StableDiffusionControlNetPipeline, pipeline, nets)
+    pipe = stock(diffusers.StableDiffusionControlNetPipeline, pipeline, nets, scheduler)
 
     def draw(batch: Batch) -> list[Image.Image]:
         texts = [f"{recipe.text_fg}, {recipe.text_bg}" for recipe in batch.recipes]
@@ -144,24 +147,35 @@ def stock_multi(pipeline: TigerPipeline, steps: int, guidance_scale: float) -> D
     return draw
 
 
-def settings(pipeline: TigerPipeline, steps: int, scale: float) -> dict[str, Draw]:
-    """Name -> how it draws. The stock routes and the first two of ours take equally many steps."""
-    few = max(1, round(steps * 0.4))
-    fewer = max(1, round(steps * 0.2))
-    return {
-        f"stock inpaint twice, ddim {steps}": stock_twice(pipeline, steps, scale),
-        f"stock MultiControlNet, ddim {steps}": stock_multi(pipeline, steps, scale),
+def settings(pipeline: TigerPipeline, student: TigerPipeline | None, steps: int, scale: float) -> dict[str, Draw]:
+    """Name -> how it draws. The stock routes and two of ours take `steps`; with our solver so does one stock route."""
+    most = FEW[-1]
+    few = {f"fused, dpmsolver++ {n}": ours(pipeline, "dpmsolver++", n, scale) for n in FEW}
+    named = f"fused, dpmsolver++ {most}, "
+    draws = {
+        f"stock inpaint twice, ddim {steps}": stock_twice(pipeline, "ddim", steps, scale),
+        f"stock inpaint twice, dpmsolver++ {most}": stock_twice(pipeline, "dpmsolver++", most, scale),
+        f"stock MultiControlNet, ddim {steps}": stock_multi(pipeline, "ddim", steps, scale),
         f"FG then BG, ddim {steps}": ours(pipeline, "ddim", steps, scale, branches="fg_then_bg"),
         f"fused, ddim {steps}": ours(pipeline, "ddim", steps, scale),
-        f"fused, dpmsolver++ {few}": ours(pipeline, "dpmsolver++", few, scale),
-        f"fused, dpmsolver++ {fewer}": ours(pipeline, "dpmsolver++", fewer, scale),
-        f"fused, unipc {fewer}": ours(pipeline, "unipc", fewer, scale),
-        f"fused, dpmsolver++ {few}, guidance in .2-.8": ours(
-            pipeline, "dpmsolver++", few, scale, guidance_interval=(0.2, 0.8)
-        ),
-        f"fused, dpmsolver++ {few}, encoders every 2nd": ours(pipeline, "dpmsolver++", few, scale, reuse_encoder=2),
-        f"fused, dpmsolver++ {few}, encoders every 3rd": ours(pipeline, "dpmsolver++", few, scale, reuse_encoder=3),
+        **few,
+        f"fused, unipc {most}": ours(pipeline, "unipc", most, scale),
+        f"{named}guidance in .2-.8": ours(pipeline, "dpmsolver++", most, scale, guidance_interval=(0.2, 0.8)),
+        f"{named}encoders every 2nd": ours(pipeline, "dpmsolver++", most, scale, reuse_encoder=2),
+        f"{named}encoders every 3rd": ours(pipeline, "dpmsolver++", most, scale, reuse_encoder=3),
     }
+    if student is not None:  # guidance is built in
+        draws |= {f"student, lcm {n}": ours(student, "lcm", n, 1.0) for n in STUDENT_STEPS}
+    return draws
+
+
+def load(folder: str | None, device: str) -> Any:
+    """A pipeline that shows no bar of its own; None without a folder."""
+    if folder is None:
+        return None
+    pipeline = TigerPipeline.from_pretrained(folder).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def batches(planner: Planner, labels: Sequence[str], each: int, batch_size: int, size: int) -> list[Batch]:
@@ -176,46 +190,53 @@ def batches(planner: Planner, labels: Sequence[str], each: int, batch_size: int,
     return made
 
 
-def draw_all(draws: Mapping[str, Draw], work: Sequence[Batch], folder: Path, planner: Planner) -> dict[str, float]:
-    """Draw everything with every setting into a folder each; returns seconds an image."""
-    spent = dict.fromkeys(draws, 0.0)
+def draw_all(
+    draws: Mapping[str, Draw], work: Sequence[Batch], folder: Path, planner: Planner
+) -> dict[str, tuple[float, float]]:
+    """Draw everything with every setting into a folder each; returns what an image took: seconds, CPU seconds.
+
+    The median batch's, as other work on the machine comes and goes.
+    """
+    spent: dict[str, list[np.ndarray]] = {name: [] for name in draws}
     outputs = {name: Output(folder / f"{index:02d}", name) for index, name in enumerate(draws)}
+
+    def now() -> np.ndarray:
+        return np.array([time.perf_counter(), time.process_time()])
+
     with tqdm(total=len(draws) * (len(work) + 1), desc="drawing", unit="batch") as bar:
         for draw in draws.values():
             draw(work[0])
             bar.update()
         for batch in work:
             for name, draw in draws.items():
-                started = time.perf_counter()
+                started = now()
                 images = draw(batch)
-                spent[name] += time.perf_counter() - started
+                spent[name].append((now() - started) / len(batch.recipes))
                 for recipe, image, pair in zip(batch.recipes, images, batch.pairs, strict=True):
                     outputs[name].write(recipe.item, image, *pair)
                 bar.update()
     for output in outputs.values():
         output.finish(planner)
-    images = sum(len(batch.recipes) for batch in work)
-    return {name: seconds / images for name, seconds in spent.items()}
+    medians = {name: np.median(batches, axis=0) for name, batches in spent.items()}
+    return {name: (float(wall), float(cpu)) for name, (wall, cpu) in medians.items()}
 
 
-def judge(folder: Path, real: Manifest, test: Manifest, judges: Path, knowledge: Knowledge) -> dict[str, float]:
+def judge(folder: Path, test: Manifest, judges: Path, knowledge: Knowledge) -> dict[str, float]:
     """Quality of the images in a folder."""
     fake, extractor = read_split(folder, None, synthetic=True), load_extractor()
     x, y = (features_of(rows, extractor, default_cache()) for rows in (test, fake))
-    patient_of = patients_of(real.rows)
-    nets = load_segmenter(judges / "segmenter"), load_attribute_net(judges / "attributes")
-    mask = mask_control(nets[0], fake, test, patient_of)
-    agreement = attribute_control(nets[1], fake, test, patient_of, knowledge)
     return {
         "kid": kid(x, y),
         "fid": fid(x, y),
-        "mask_iou": mask["generated"]["value"],
-        "attribute_agreement": agreement["generated"]["value"],
+        "mask_iou": float(np.nanmean(mask_scores(judges / "segmenter", fake))),
+        "attribute_agreement": float(np.nanmean(attribute_scores(judges / "attributes", fake, knowledge))),
     }
 
 
 def plot(results: Mapping[str, Mapping[str, float]]) -> bytes:
     """Quality against seconds an image, one panel a figure."""
+    from matplotlib.ticker import LogLocator
+
     figure, panels = charts.axes(len(PANELS), 4.8, 4.2)
     colours = (charts.COLOURS * len(results))[: len(results)]
     for ax, (metric, title) in zip(panels, PANELS.items(), strict=True):
@@ -223,8 +244,9 @@ def plot(results: Mapping[str, Mapping[str, float]]) -> bytes:
             marker = "s" if name.startswith("stock") else "o^"[index // len(charts.COLOURS) % 2]
             ax.plot(result["seconds_per_image"], result[metric], marker, color=colour, label=name)
         ax.set(xscale="log", xlabel="seconds an image", title=title)
+        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
     )
     return charts.to_png(figure)
 
@@ -241,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=10, help="images a call (default: 10)")
     parser.add_argument("--steps", type=int, default=50, help="of the stock routes (default: 50)")
     parser.add_argument("--guidance_scale", type=float, default=7.5)
+    parser.add_argument("--student", help="folder that distill.sh wrote from --model; none by default")
     parser.add_argument("--judges", type=Path, default=Path("assets/judges"))
     parser.add_argument("--knowledge", default="thyroid")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -254,20 +277,26 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--output {args.output}: holds images of an earlier run; give another folder")
     parse_count(",".join(f"{label}={args.each}" for label in args.classes))
     check_model(args.model)
+    if args.student is not None:
+        check_model(args.student)
+        if not is_distilled(Path(args.student)):
+            raise InputError(f"--student {args.student}: is no student; give the folder that distill.sh wrote")
     knowledge = Knowledge.load(args.knowledge)
-    real = read_split(args.data_dir, None, synthetic=False)
-    test = select_split(real, "test")
+    test = select_split(read_split(args.data_dir, None, synthetic=False), "test")
     planner = Planner(read_training_rows(args.data_dir, knowledge), knowledge, mode="diversify", prompts="auto", seed=0)
     for label in args.classes:
         planner.check(label)
-    pipeline = TigerPipeline.from_pretrained(args.model).to(args.device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline, student = (load(folder, args.device) for folder in (args.model, args.student))
     work = batches(planner, args.classes, args.each, args.batch_size, model_resolution(args.model))
-    draws = settings(pipeline, args.steps, args.guidance_scale)
-    seconds = draw_all(draws, work, args.output, planner)
+    draws = settings(pipeline, student, args.steps, args.guidance_scale)
+    spent = draw_all(draws, work, args.output, planner)
     results = {
-        name: {"seconds_per_image": seconds[name], "images_per_second": 1 / seconds[name]}
-        | judge(args.output / f"{index:02d}", real, test, args.judges, knowledge)
+        name: {
+            "seconds_per_image": spent[name][0],
+            "cpu_seconds_per_image": spent[name][1],
+            "images_per_second": 1 / spent[name][0],
+        }
+        | judge(args.output / f"{index:02d}", test, args.judges, knowledge)
         for index, name in enumerate(draws)
     }
     report = {
@@ -281,11 +310,11 @@ def main(argv: list[str] | None = None) -> None:
     write_json(args.output / "results.json", report)
     with atomic_path(args.output / "results.png") as temporary:
         temporary.write_bytes(plot(results))
-    first = next(iter(seconds.values()))
-    print(f"{'setting':48} {'s/image':>8} {'faster':>7} {'KID':>7} {'FID':>7} {'IoU':>6} {'attributes':>10}")
+    first = next(iter(spent.values()))
+    print(f"{'setting':46}  {'s/image':>7} {'faster':>7} {'CPU s':>7} {'faster':>7} {'KID':>7} {'IoU':>6} {'terms':>7}")
     for name, of in results.items():
-        figures = f"{of['kid']:7.3f} {of['fid']:7.1f} {of['mask_iou']:6.3f} {of['attribute_agreement']:10.3f}"
-        print(f"{name:48} {seconds[name]:8.3f} {first / seconds[name]:6.2f}× {figures}")
+        took = " ".join(f"{mine:7.3f} {theirs / mine:6.2f}×" for mine, theirs in zip(spent[name], first, strict=True))
+        print(f"{name:46}  {took} {of['kid']:7.3f} {of['mask_iou']:6.3f} {of['attribute_agreement']:7.3f}")
 
 
 if __name__ == "__main__":

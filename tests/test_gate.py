@@ -12,9 +12,11 @@ from PIL import Image
 
 from eval import gate
 from eval.features import resize
+from eval.images import load_masks
 from eval.judges import AttributeNet, Segmenter, save_judge
 from tiger import manifest
 from tiger.errors import run
+from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest
 
 COUNTS = {"train": {"benign": 16, "FTC": 12}, "valid": {"benign": 10, "FTC": 8}, "test": {"benign": 4, "FTC": 4}}
@@ -163,6 +165,30 @@ def test_bounds_and_counts_can_be_given(real: Manifest, fake: Manifest, judges: 
     kept = manifest.read(fake.root / "kept.jsonl").rows
     assert [row.label for row in kept] == ["benign"] * 2 + ["FTC"] * 2
     assert fake.rows[1] not in kept  # the white one ranks low
+
+
+def test_bound_is_the_quantile_of_the_real_images(real: Manifest, fake: Manifest, judges: Path) -> None:
+    gate.main(command(real, fake, judges, "--scores", "realism", "--quantile", "0.5"))
+    of = json.loads((fake.root / "kept.json").read_text())["scores"]["realism"]
+    assert of["bound"] == of["real_median"] and 0 < of["below"] < len(fake.rows)
+
+
+def test_scores_of_the_nets_are_against_what_the_row_asks_for(
+    fake: Manifest, judges: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = load_masks(fake, 32)
+    monkeypatch.setattr(gate, "segment", lambda *_: np.concatenate([asked[:6], np.roll(asked[6:], 1, axis=0)]))
+    scores = gate.mask_scores(judges / "segmenter", fake)
+    assert (scores[:6] == 1).all() and (scores[6:] < 1).all()
+
+    stated = [dict(row.attributes) for row in fake.rows]
+    other = {PLACES[i]: PLACES[i - 1] for i in range(3)}
+    seen = [*stated[:6], *({"location": other[of["location"]]} for of in stated[6:])]
+    monkeypatch.setattr(gate, "predict_attributes", lambda *_: seen)
+    silent = replace(fake.rows[0], text_fg="", attributes={})  # states nothing to agree with
+    rows = replace(fake, rows=(silent, *fake.rows[1:]))
+    scores = gate.attribute_scores(judges / "attributes", rows, Knowledge.load("thyroid"))
+    assert np.isnan(scores[0]) and (scores[1:6] == 1).all() and (scores[6:] == 0).all()
 
 
 @pytest.mark.parametrize(

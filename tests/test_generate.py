@@ -1,6 +1,7 @@
 """Synthesis: what goes into each image, and that the folder is right however the work is cut up."""
 
 import collections
+import itertools
 import json
 import os
 import shutil
@@ -18,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import awaken, make_scheduler, make_text_encoder, make_unet, make_vae
-from diffusers import StableDiffusionControlNetInpaintPipeline
+from diffusers import LCMScheduler, StableDiffusionControlNetInpaintPipeline
 from PIL import Image
 
 from benchmarks import generate as benchmark
+from data.shards import write_shards
 from eval.judges import AttributeNet, Segmenter, save_judge
 from tiger import conditions, generate, manifest, output, recipes
 from tiger.config import GenerationConfig, parse
@@ -225,6 +227,66 @@ def test_conditions_are_placed_as_stated_and_blanked(data: Manifest) -> None:
         assert len(uncovered) == 0 or np.ptp(uncovered) == 0  # the old nodule is gone, and left no hole
 
 
+def test_mask_crosses_the_organs_upper_edge_where_the_prompt_says_so(data: Manifest) -> None:
+    for number in range(6):
+        recipe = planner(data).recipe("FTC", number)
+        term = recipe.placement.extension
+        without = {name: value for name, value in recipe.attributes.items() if value != term}
+        inside, crossing = (
+            draw_conditions(replace(recipe, attributes=attributes), data, SIZE, refine=False)[0] > 0
+            for attributes in (without, {**without, "extension": str(term)})
+        )
+        assert crossing[:12].any()  # the organ's rows are 12 to 51
+        assert inside[:12].sum() < 0.03 * inside.sum()
+
+
+def test_map_is_in_the_plane_asked_for(data: Manifest) -> None:
+    plan = planner(data)
+    for plane in KNOWLEDGE.categories["direction"].terms:
+        there = {row.plane for row in plan.backgrounds}
+        assert plane.split()[0] in there and len(there) == 2
+        drawn = [plan._background({"direction": plane}, np.random.default_rng(i)) for i in range(8)]
+        assert {row.plane for row in drawn} == {plane.split()[0]}
+
+
+def test_a_mask_is_another_one_each_time(tmp_path: Path) -> None:
+    """One nodule of the bank on one map: the outlines differ, not only the places."""
+    data = make_data(tmp_path, organ=False)
+    recipe = planner(data).recipe("FTC", 0)
+    shapes = set()
+    for seed in range(4):
+        mask, _ = draw_conditions(replace(recipe, seed=(seed,)), data, SIZE, refine=False)
+        y, x = np.nonzero(mask)
+        shapes.add((np.ptp(y), np.ptp(x), mask[y.min() : y.max() + 1, x.min() : x.max() + 1].tobytes()))
+    assert len(shapes) == 4
+
+
+@pytest.mark.parametrize("size", [SIZE, SIZE // 2])
+def test_a_boundary_in_the_maps_is_that_of_the_new_mask(tmp_path: Path, size: int) -> None:
+    """Models trained on `conditions --edges boundary`: the line is as training shows it, and the old one is gone."""
+    train, plain = make_data(tmp_path / "lines").select(split="train"), make_data(tmp_path / "plain")
+    for data, make in ((train, conditions.boundary_map), (plain, lambda image, _: conditions.sobel_map(image))):
+        for row in data.rows:
+            image, mask = (conditions.read_gray(data.file(row, column)) for column in ("file_name", "condition_fg"))
+            Image.fromarray(make(image // 8, mask)).save(data.file(row, "condition_bg"))  # edges well below the line
+            Image.fromarray(image // 8).save(data.file(row, "file_name"))
+    moved = 0
+    for number in range(12):
+        recipe = planner(train).recipe("FTC", number)
+        mask, edges = draw_conditions(recipe, train, size, refine=False)
+        same_mask, without = draw_conditions(recipe, plain, size, refine=False)
+        assert np.array_equal(mask, same_mask)
+        line = conditions.resize_gray(conditions.outline(conditions.resize_mask(mask, SIZE)), size)
+        expected = conditions.blank_nodule(np.maximum(without, line), mask)
+        assert np.array_equal(edges, expected) and not np.array_equal(edges, without)
+        moved += not np.array_equal(mask, conditions.read_mask(train.file(recipe.map_row, "condition_fg"), size))
+        kept = draw_conditions(planner(train, mode="refine").recipe("FTC", number), train, SIZE, refine=True)
+        assert conditions.has_outline(kept[1], kept[0])
+    assert moved > 6
+    sobel = conditions.read_gray(plain.file(plain.rows[0], "condition_bg"))
+    assert not conditions.has_outline(sobel, conditions.read_mask(plain.file(plain.rows[0], "condition_fg")))
+
+
 def test_without_an_organ_mask_the_nodule_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     data = make_data(tmp_path, organ=False)
     for number in range(6):
@@ -267,6 +329,8 @@ def test_output_is_a_manifest_with_provenance(data: Manifest, model: str, stub: 
         assert row.synthetic and row.split == "train" and row.seed is not None and row.model is not None
         assert row.model.startswith(f"{model}@")
         assert all(real[name].split == "train" for name in row.derived_from)
+        recipe = planner(data, seed=9).recipe(str(row.label), int(Path(row.file_name).stem[-6:]))
+        assert set(row.derived_from) == {recipe.map_row.file_name, recipe.mask_row.file_name}
         seed = torch.Generator().manual_seed(row.seed)  # what was recorded makes the image again
         expected = torch.randint(0, 256, (SIZE, SIZE), generator=seed, dtype=torch.uint8).numpy()
         assert np.array_equal(conditions.read_gray(made.file(row, "file_name")), expected)
@@ -319,7 +383,8 @@ def test_interrupted_run_leaves_a_valid_manifest(
 
 def test_dry_run_makes_nothing(data: Manifest, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generate.main(arguments(data, model, tmp_path / "new", "--count", "FTC=5", "--dry_run", "true"))
-    assert "5 of 5 images would be made" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "5 of 5 images would be made" in out and "at most 61 kB" in out  # 5 × 3 pictures of 64² bytes
     assert not (tmp_path / "new").exists()
 
 
@@ -387,11 +452,13 @@ def test_other_settings_are_refused(
 
 def test_settings_say_what_was_asked(data: Manifest, model: str, stub: Stub, tmp_path: Path) -> None:
     more = ["--steps", "7", "--branches", "fg_then_bg", "--fg_scale", "0.5", "--control_uncond", "text"]
-    more += ["--guidance_interval", "0.1,0.9", "--reuse_encoder", "3"]
+    more += ["--guidance_interval", "0.1,0.9", "--reuse_encoder", "3", "--bg_scale", "0.7", "--guidance_rescale", "0.3"]
+    more += ["--resolution_weighting", "--guidance_scale", "3"]
     generate.main(arguments(data, model, tmp_path / "new", "--count", "FTC=1", *more))
     (call,) = stub.calls
     asked = {"num_inference_steps": 7, "branches": "fg_then_bg", "fg_scale": 0.5, "control_uncond": "text"}
-    asked |= {"guidance_interval": (0.1, 0.9), "reuse_encoder": 3}
+    asked |= {"guidance_interval": (0.1, 0.9), "reuse_encoder": 3, "bg_scale": 0.7, "guidance_rescale": 0.3}
+    asked |= {"resolution_weighting": True, "guidance_scale": 3.0}
     assert asked.items() <= call.items()
     assert asked["branches"] == json.loads((tmp_path / "new" / "generation.json").read_text())["branches"]
 
@@ -564,9 +631,13 @@ def test_a_disk_too_small_is_refused_after_the_first_batch(
     monkeypatch.undo()
 
 
-def test_estimate_is_printed(data: Manifest, model: str, stub: Stub, tmp_path: Path, capsys: Any) -> None:
-    generate.main(arguments(data, model, tmp_path / "new", "--count", "FTC=16", "--shard", "1/2"))
-    assert "4 more here in about 0 min; 12 in all take" in capsys.readouterr().out
+def test_estimate_is_printed(
+    data: Manifest, model: str, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    minutes = itertools.count(0, 60)  # each look at the clock is a minute after the last
+    monkeypatch.setattr(generate, "time", types.SimpleNamespace(monotonic=lambda: next(minutes)))
+    generate.main(arguments(data, model, tmp_path / "new", "--count", "FTC=32", "--shard", "1/2"))
+    assert "12 more here in about 3 min; 28 in all take" in capsys.readouterr().out
 
 
 def in_a_small_disk(size: str, argv: list[str], kept: Path) -> subprocess.CompletedProcess[str]:
@@ -610,6 +681,32 @@ def test_real_pipeline(data: Manifest, model: str, tmp_path: Path, scheduler: st
     assert not np.array_equal(images[0], images[1])
 
 
+@pytest.mark.parametrize("mode", ["diversify", "refine"])
+def test_shards_give_the_same_images(data: Manifest, model: str, tmp_path: Path, mode: str) -> None:
+    """Masks, maps and images that are read from tar shards are those of the folder, to the bit."""
+    sharded = write_shards(data, tmp_path / "shards", 5, dry_run=False)
+    argv = ["--mode", mode, "--count", "FTC=2,benign=2", "--steps", "4", "--device", "cpu"]
+    for rows, name in ((data, "folder"), (sharded, "sharded")):
+        generate.main(arguments(rows, model, tmp_path / name, *argv))
+    made = [
+        {name: content for name, content in contents(tmp_path / folder).items() if name.endswith(".png")}
+        for folder in ("folder", "sharded")
+    ]
+    assert len(made[0]) == 12 and made[0] == made[1]
+    assert all(
+        name.startswith("shard-") for row in manifest.read(tmp_path / "sharded").rows for name in row.derived_from
+    )
+
+
+def test_shards_hide_no_copy_of_a_held_out_image(data: Manifest, tmp_path: Path) -> None:
+    rows = [replace(row, split="test" if number == 2 else row.split) for number, row in enumerate(data.rows)]
+    copied = make_data(tmp_path / "data")
+    shutil.copyfile(copied.root / rows[2].file_name, copied.root / rows[0].file_name)
+    sharded = write_shards(replace(copied, rows=tuple(rows)), tmp_path / "shards", 2, dry_run=False)
+    with pytest.raises(InputError, match="held-out data would reach synthetic images"):
+        read_training_rows(sharded.root, KNOWLEDGE)
+
+
 def test_missing_conditions_are_named(data: Manifest, tmp_path: Path) -> None:
     bare = Manifest(data.path, tuple(Row(r.file_name, r.text_fg, r.text_bg, label=r.label) for r in data.rows))
     with pytest.raises(InputError, match="data.prepare conditions"):
@@ -624,10 +721,15 @@ def test_an_image_does_not_depend_on_how_many_are_asked_for(data: Manifest, mode
     assert contents(tmp_path / "grown") == contents(tmp_path / "whole")
 
 
-def test_options_for_speed_reach_the_networks(data: Manifest, model: str, tmp_path: Path) -> None:
+def test_options_for_speed_reach_the_networks(
+    data: Manifest, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []  # test_pipeline compiles for real
+    monkeypatch.setattr(TigerPipeline, "compile_blocks", lambda self: compiled.append(self))
     argv = arguments(data, model, tmp_path / "new", "--count", "FTC=2", "--steps", "2", "--device", "cpu")
     argv += ["--dtype", "bfloat16", "--channels_last", "--scheduler", "unipc", "--reuse_encoder", "2"]
-    pipeline = generate.load_pipeline(parse(GenerationConfig, argv))
+    pipeline = generate.load_pipeline(parse(GenerationConfig, [*argv, "--compile"]))
+    assert compiled == [pipeline]
     weight = pipeline.unet.down_blocks[0].resnets[0].conv1.weight
     assert weight.dtype == torch.bfloat16 and weight.is_contiguous(memory_format=torch.channels_last)
     assert pipeline.controlnet.fg.conv_in.weight.dtype == torch.bfloat16
@@ -696,20 +798,24 @@ def test_benchmark(data: Manifest, model: str, tmp_path: Path, monkeypatch: pyte
     save_judge(AttributeNet(terms, width=4, resolution=SIZE), tmp_path / "attributes")
     monkeypatch.setattr(benchmark, "load_extractor", Pixels)
     monkeypatch.setattr(benchmark, "default_cache", lambda: None)
-    monkeypatch.setattr("eval.control.RESAMPLES", 5)
     argv = ["--model", model, "--data_dir", str(data.root), "--output", str(tmp_path / "bench"), "--device", "cpu"]
     argv += ["--judges", str(tmp_path), "--classes", "FTC", "benign", "--each", "3", "--batch_size", "3"]
-    argv += ["--steps", "15"]
+    student = shutil.copytree(model, tmp_path / "student")
+    schedule = TigerPipeline.from_pretrained(model).scheduler.config
+    LCMScheduler.from_config(schedule, original_inference_steps=4).save_pretrained(student / "scheduler")
+    argv += ["--steps", "15", "--student", str(student)]
     benchmark.main(argv)
     report = json.loads((tmp_path / "bench" / "results.json").read_text())
     assert report["images"] == 6
     folders = sorted(path for path in (tmp_path / "bench").iterdir() if path.is_dir())
     assert len(folders) == len(report["settings"]) >= 8
+    assert {"student, lcm 2", "student, lcm 4", "stock inpaint twice, ddim 15"} <= set(report["settings"])
     first = manifest.read(folders[0]).rows
     for folder, (name, result) in zip(folders, report["settings"].items(), strict=True):
         rows = manifest.read(folder).rows
         assert [row.text for row in rows] == [row.text for row in first] and len(rows) == 6
-        assert result["seconds_per_image"] > 0 and np.isfinite(list(result.values())).all(), name
+        assert result["seconds_per_image"] > 0 and result["cpu_seconds_per_image"] > 0
+        assert np.isfinite(list(result.values())).all(), name
     images = [conditions.read_gray(folder / "images" / "FTC_000000.png") for folder in folders]
     assert len({image.tobytes() for image in images}) == len(folders)  # no setting is another under a new name
     with Image.open(tmp_path / "bench" / "results.png") as picture:
@@ -719,7 +825,7 @@ def test_benchmark(data: Manifest, model: str, tmp_path: Path, monkeypatch: pyte
 def test_stock_inpainting_keeps_what_is_outside_the_mask(data: Manifest, model: str) -> None:
     """diffusers takes a U-Net with other than four channels for one that has no need to put known latents back."""
     pipeline = TigerPipeline.from_pretrained(model)
-    pipe = benchmark.stock(StableDiffusionControlNetInpaintPipeline, pipeline, pipeline.controlnet.fg)
+    pipe = benchmark.stock(StableDiffusionControlNetInpaintPipeline, pipeline, pipeline.controlnet.fg, "ddim")
     (batch,) = benchmark.batches(planner(data), ["FTC"], 1, 1, SIZE)
     latents = pipe(
         [""], image=list(batch.images), mask_image=batch.pictures(0), control_image=batch.pictures(0), strength=1.0,

@@ -215,6 +215,27 @@ def test_resolution_weighting(make_pipe, recorder):
         torch.testing.assert_close(b, a * factors[a.shape[-1]])
 
 
+@pytest.mark.parametrize(("branch", "other"), [("fg", "bg"), ("bg", "fg")])
+def test_scale_of_an_encoder(make_pipe, recorder, branch, other):
+    pipe = make_pipe("tiny")
+    for scale in (1.0, 0.5):
+        scales = {f"{branch}_scale": scale, f"{other}_scale": 3.0}
+        run(pipe, num_inference_steps=1, branches=branch, guidance_scale=1.0, **scales)
+    whole, half = (call["residuals"] for call in recorder.calls)
+    for a, b in zip(whole, half, strict=True):
+        torch.testing.assert_close(b, a * 0.5)
+
+
+def test_rescaled_guidance_has_the_spread_of_the_conditional_prediction(make_pipe, recorder, monkeypatch):
+    guided = []
+    original = tiger.pipeline._guide
+    monkeypatch.setattr(tiger.pipeline, "_guide", lambda *args: guided.append(original(*args)) or guided[-1])
+    run(make_pipe("tiny"), num_inference_steps=1, guidance_scale=5.0, guidance_rescale=1.0)
+    cond = recorder.calls[0]["output"].chunk(2)[1]
+    torch.testing.assert_close(guided[0].std(dim=(1, 2, 3)), cond.std(dim=(1, 2, 3)))
+    assert not torch.allclose(guided[0], cond)
+
+
 def test_each_network_sees_its_own_prompt(make_pipe, recorder, monkeypatch):
     pipe = make_pipe()
     calls = []
@@ -243,11 +264,12 @@ def test_inference_uses_the_frequencies_of_training(make_pipe):
 
 def test_texts_and_conditions_are_encoded_once(make_pipe):
     pipe = make_pipe()
-    count = {"text": 0, "mask": 0, "map": 0}
+    count = {"text": 0, "mask": 0, "map": 0, "image": 0}
     modules = {
         "text": pipe.text_encoder,
         "mask": pipe.controlnet.fg.controlnet_cond_embedding,
         "map": pipe.controlnet.bg.controlnet_cond_embedding,
+        "image": pipe.vae.encoder,
     }
     hooks = [
         module.register_forward_hook(lambda *_, name=name: count.update({name: count[name] + 1}))
@@ -256,7 +278,7 @@ def test_texts_and_conditions_are_encoded_once(make_pipe):
     run(pipe, num_inference_steps=4)
     for hook in hooks:  # the text encoder is shared with other tests
         hook.remove()
-    assert count == {"text": 3, "mask": 1, "map": 1}  # joint, FG and BG texts
+    assert count == {"text": 3, "mask": 1, "map": 1, "image": 0}  # joint, FG and BG texts; there is no image
 
 
 @pytest.mark.parametrize("solver", [DDIMScheduler, DPMSolverMultistepScheduler])

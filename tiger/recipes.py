@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from tiger import conditions, manifest
+from tiger import conditions, manifest, shards
 from tiger.errors import InputError
 from tiger.knowledge import Knowledge, Placement
 from tiger.manifest import Manifest, Row
@@ -209,17 +209,25 @@ def pick(options: Sequence[T], rng: np.random.Generator) -> T:
 def draw_conditions(recipe: Recipe, train: Manifest, size: int, refine: bool) -> tuple[np.ndarray, np.ndarray]:
     """(mask, Sobel map), each (size, size) uint8: the mask 0 or 255, the map zero in the nodule's region.
 
-    The map's own nodule is taken out of it: its edges must not show through beside the new nodule.
+    The map's own nodule is taken out of it: its edges must not show through beside the new nodule. Where the map shows
+    that nodule's boundary (`data.prepare conditions --edges boundary`), it gets the new one's instead.
     """
-    edges = conditions.read_gray(train.file(recipe.map_row, "condition_bg"), size)
+    row = recipe.map_row
+    edges = conditions.read_gray(train.file(row, "condition_bg"))
     mask = conditions.read_mask(train.file(recipe.mask_row, "condition_fg"), size)
     if not refine:
-        row = recipe.map_row
-        old = conditions.read_mask(train.file(row, "condition_fg"), size)
+        old = conditions.read_mask(train.file(row, "condition_fg"))
+        side, bounded = max(old.shape), conditions.has_outline(edges, old)
+        if bounded:
+            edges = conditions.sobel_map(conditions.read_gray(train.file(row, "file_name")))
+        old = conditions.resize_mask(old, size)
         organ = conditions.read_mask(train.file(row, "organ_mask"), size) if row.organ_mask else None
         mask = new_mask(mask, old, organ, recipe)
-        edges = conditions.remove_nodule(edges, old, organ)
-    return mask, conditions.blank_nodule(edges, mask)
+        edges = conditions.remove_nodule(conditions.resize_gray(edges, size), old, organ)
+        if bounded:  # as training saw it: drawn at the map's size, then shrunk
+            line = conditions.outline(conditions.resize_mask(mask, side))
+            edges = np.maximum(edges, conditions.resize_gray(line, size))
+    return mask, conditions.blank_nodule(conditions.resize_gray(edges, size), mask)
 
 
 def new_mask(mask: np.ndarray, old: np.ndarray, organ: np.ndarray | None, recipe: Recipe) -> np.ndarray:
@@ -319,16 +327,16 @@ def content_index(held_out: Manifest, train: Manifest) -> dict[tuple[str, str], 
     def files(rows: Manifest) -> Iterator[tuple[Row, str, Path]]:
         for row in rows.rows:
             for column in ("file_name", "condition_bg"):
-                if getattr(row, column) and (path := rows.file(row, column)).is_file():
+                if getattr(row, column) and shards.exists(path := rows.file(row, column)):
                     yield row, column, path
 
     by_size: dict[int, list[tuple[Row, Path]]] = {}
     for row, _, path in files(held_out):
-        by_size.setdefault(path.stat().st_size, []).append((row, path))
-    digest = functools.lru_cache(maxsize=None)(lambda path: hashlib.sha256(path.read_bytes()).digest())
+        by_size.setdefault(shards.file_size(path), []).append((row, path))
+    digest = functools.lru_cache(maxsize=None)(lambda path: hashlib.sha256(shards.read_bytes(path)).digest())
     return {
         (row.file_name, column): other
         for row, column, path in files(train)
-        for other, other_path in by_size.get(path.stat().st_size, [])
+        for other, other_path in by_size.get(shards.file_size(path), [])
         if digest(path) == digest(other_path)
     }
