@@ -13,9 +13,9 @@ if [[ -d $root/.venv/bin ]]; then export PATH="$root/.venv/bin:$PATH"; fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 accelerate_config=${ACCELERATE_CONFIG_FILE:-${HF_HOME:-$HOME/.cache/huggingface}/accelerate/default_config.yaml}
-if [[ -n ${ACCELERATE_CONFIG_FILE:-} || -f $accelerate_config ]]; then
+if [[ -z ${RANK:-} && (-n ${ACCELERATE_CONFIG_FILE:-} || -f $accelerate_config) ]]; then
     launch=(accelerate launch --quiet --config_file "$accelerate_config")
-else # what accelerate would start for one process, without its wrapper: signals and exit codes pass through
+else # one process, or one of several that Slurm started: without a wrapper signals and exit codes pass through
     launch=(python3)
 fi
 exec "${launch[@]}" -m tiger.finetune --config "$root/configs/finetune.yaml" "$@"

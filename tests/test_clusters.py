@@ -1,6 +1,7 @@
 """Files for several GPUs and for Slurm: accelerate reads them, and a stopped job is queued again."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -41,3 +42,18 @@ def test_a_job_stopped_by_a_signal_is_queued_again(code, queued, tmp_path):
     assert subprocess.run(script, env=os.environ | slurm, check=False).returncode == code
     assert (tmp_path / "task").read_text() == "3 1 8 20007 --seed 1\n"
     assert ("requeue 7" in (tmp_path / "said").read_text()) == queued
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune", "distill"])
+@pytest.mark.parametrize(("rank", "started"), [("", "accelerate launch"), ("3", "-m tiger")])
+def test_a_process_that_slurm_started_starts_no_others(script, rank, started, tmp_path):
+    """Eight tasks with a launcher of eight each would be 64 processes."""
+    shutil.copy(ROOT / f"{script}.sh", tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name, said in (("python3", "$*"), ("accelerate", "accelerate $*")):
+        fake = tmp_path / ".venv" / "bin" / name
+        fake.write_text(f"#!/bin/bash\necho {said}\n")
+        fake.chmod(0o755)
+    env = os.environ | {"RANK": rank, "ACCELERATE_CONFIG_FILE": "8gpu.yaml"}
+    done = subprocess.run(["bash", f"{script}.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(started) and f"-m tiger.{script} --config" in done.stdout

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_vae
+from safetensors import safe_open
+from safetensors.torch import save_file
 from training_samples import SIDE, save_data
 
-from tiger import dataset as dataset_module
+from tiger import cache as cache_module
 from tiger import manifest
+from tiger.cache import TextCache
 from tiger.dataset import (
     StepSampler,
-    TextCache,
     TigerDataset,
     batch_indices,
     cache_latents,
@@ -174,6 +176,14 @@ def test_a_damaged_cache_file_is_made_again(rows, tmp_path, capsys):
     assert counting.count == 12 and str(path) in capsys.readouterr().err
 
 
+def test_a_cache_file_of_other_tensors_is_made_again(rows, tmp_path):
+    cache_latents(make_vae(4), TigerDataset(rows, SIDE), tmp_path)
+    (path,) = tmp_path.rglob("*.safetensors")
+    with safe_open(path, framework="pt") as file:
+        save_file({"other": file.get_tensor(cache_module.TENSOR)}, path, metadata=file.metadata())
+    assert len(cache_latents(make_vae(4), TigerDataset(rows, SIDE), tmp_path)[3]) == 8
+
+
 def test_each_process_encodes_its_share(rows, tmp_path):
     first, second = CountingVae(), CountingVae()
 
@@ -190,7 +200,7 @@ def test_each_process_encodes_its_share(rows, tmp_path):
 
 def test_an_interrupted_run_goes_on_where_it_stopped(rows, tmp_path, monkeypatch):
     """Files hold four images each here; the third is interrupted."""
-    monkeypatch.setattr(dataset_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", 4)
     interrupted = CountingVae()
     encode = interrupted.vae.encode
 
@@ -212,15 +222,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(rows, tmp_path, monkeypatch
 
 def test_memory_is_bounded_while_encoding_and_reading(rows, tmp_path, monkeypatch):
     """At most one file's images are held while encoding, and none while reading: they stay in the mapped files."""
-    monkeypatch.setattr(dataset_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", 4)
     saved: list[int] = []
-    save = dataset_module.save_file
+    save = cache_module.save_file
 
     def recording(tensors, *args, **options):
-        saved.append(len(tensors["moments"]))
+        saved.append(len(tensors[cache_module.TENSOR]))
         save(tensors, *args, **options)
 
-    monkeypatch.setattr(dataset_module, "save_file", recording)
+    monkeypatch.setattr(cache_module, "save_file", recording)
     cache = cache_latents(make_vae(4), TigerDataset(rows, SIDE), tmp_path)
     assert saved == [4, 4, 4]
     for index in range(12):
@@ -257,13 +267,58 @@ def test_sampled_latents_have_the_posteriors_mean_and_spread():
     assert torch.allclose(sample_latents(vae, moments, noise), (3.0 + 0.5 * noise) * vae.config.scaling_factor)
 
 
-def test_texts_are_encoded_once_and_memory_is_bounded():
-    calls: list[list[str]] = []
+class CountingEncoder:
+    """A stand-in text encoder, which remembers what it encoded: the state of a text is its length."""
 
-    def encode(texts: list[str]) -> torch.Tensor:
-        calls.append(texts)
+    def __init__(self):
+        self.calls: list[list[str]] = []
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        self.calls.append(texts)
         return torch.tensor([[[float(len(text))]] for text in texts])
 
+
+def test_stored_texts_are_encoded_once_for_all_runs(tmp_path):
+    texts, first, second = ["a", "bb", "ccc", "bb"], CountingEncoder(), CountingEncoder()
+    cache = TextCache(first, limit=10)
+    cache.store(texts, tmp_path)
+    assert cache(texts).flatten().tolist() == [1, 2, 3, 2]
+    assert [sorted(call) for call in first.calls] == [["a", "bb", "ccc"]]
+    later = TextCache(second, limit=10)
+    later.store([*texts, "dddd"], tmp_path)
+    assert later(["dddd", "a", "eeeee"]).flatten().tolist() == [4, 1, 5]
+    assert second.calls == [["dddd"], ["eeeee"]]
+
+
+def test_a_stored_text_is_bit_equal_and_stays_on_disk(tmp_path):
+    states = {text: torch.randn(3, 5) for text in "ab"}
+    cache = TextCache(lambda texts: torch.stack([states[text] for text in texts]), limit=10)
+    cache.store(["a", "b"], tmp_path)
+    assert torch.equal(cache(["b", "a"]), torch.stack([states["b"], states["a"]])) and not cache.states
+
+
+def test_two_processes_share_out_the_texts(tmp_path):
+    texts = [f"text {number}" for number in range(12)]
+    first, second = CountingEncoder(), CountingEncoder()
+
+    def other_process() -> None:
+        TextCache(second, limit=20).store(texts, tmp_path, rank=1, world=2)
+
+    TextCache(first, limit=20).store(texts, tmp_path, rank=0, world=2, wait=other_process)
+    shares = [[text for call in encoder.calls for text in call] for encoder in (first, second)]
+    assert all(shares) and sorted(shares[0] + shares[1]) == sorted(texts)
+
+
+def test_no_more_texts_are_stored_than_the_limit(tmp_path):
+    encode = CountingEncoder()
+    cache = TextCache(encode, limit=2)
+    cache.store(["a", "bb", "ccc"], tmp_path)
+    assert sorted(encode.calls[0]) == ["a", "bb"] and cache(["ccc", "a"]).flatten().tolist() == [3, 1]
+
+
+def test_texts_are_encoded_once_and_memory_is_bounded():
+    encode = CountingEncoder()
+    calls = encode.calls
     cache = TextCache(encode, limit=2)
     assert cache(["a", "bb", "a", "ccc"]).flatten().tolist() == [1, 2, 1, 3]
     assert cache(["bb", "a"]).flatten().tolist() == [2, 1]

@@ -158,6 +158,16 @@ def test_the_frozen_encoder_keeps_nothing_for_the_backward_pass(update, base):
     assert counts["up"] and counts["fg"] and bool(counts["bg"]) is (update != "alternate")
 
 
+@pytest.mark.parametrize("kind", ["separate", "coarse"])
+def test_convolutions_lie_as_gpus_like_them_and_adamw_is_one_kernel(kind, base):
+    stage = make_stage(base, kind)
+    for network in (*stage.components.networks, stage.model):
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(optimizer.defaults["fused"] for optimizer in stage.optimizers)
+
+
 @pytest.mark.parametrize("kind", STAGES)
 def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(kind, base):
     plain = make_stage(base, kind)

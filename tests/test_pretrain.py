@@ -1,6 +1,8 @@
 """Coarse-Training from its command line, on tiny random models of every layout."""
 
+import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from training_samples import differing, flags, save_base, save_data
 
 from tiger import finetune, pretrain
 from tiger.components import load_components
-from tiger.errors import InputError, run
+from tiger.errors import InputError, WorkFailed, run
 
 ROOT = Path(__file__).resolve().parents[1]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -116,16 +118,40 @@ def test_what_a_name_stands_for_must_not_change(bases, data, tmp_path, monkeypat
     (rows / "file_name" / "0.png").write_bytes((rows / "file_name" / "1.png").read_bytes())
     assert "images was " in refusal(pretrain.main, **longer)
     (rows / "file_name" / "0.png").write_bytes(image)
+    tokenizer = json.loads((base / "tokenizer" / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["solid</w>"], vocabulary["halo</w>"] = vocabulary["halo</w>"], vocabulary["solid</w>"]
+    (base / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "on other inputs: tokenizer was " in refusal(pretrain.main, **longer)
     weights = load_file(base / UNET)
     weights["conv_in.bias"] = weights["conv_in.bias"] + 1e-3
     save_file(weights, base / UNET, metadata={"format": "pt"})
     assert "pretrained_model was " in refusal(pretrain.main, **longer)
 
 
-def test_a_falling_rate_fixes_the_length(bases, data, tmp_path):
-    given = {"pretrained_model": bases["tiny"], "data_dir": data, "output_dir": tmp_path, "lr_scheduler": "linear"}
+@pytest.mark.parametrize("scheduler", ["linear", "cosine"])
+def test_a_falling_rate_fixes_the_length(scheduler, bases, data, tmp_path):
+    """The rate would jump."""
+    given = {"pretrained_model": bases["tiny"], "data_dir": data, "output_dir": tmp_path, "lr_scheduler": scheduler}
     pretrain.main(flags(**given, max_train_steps=1))
     assert "--max_train_steps was 1, is 2" in refusal(pretrain.main, **given, max_train_steps=2)
+
+
+def test_what_an_older_version_did_not_note_is_not_compared(bases, data, tmp_path):
+    train(bases["tiny"], data, tmp_path, max_train_steps=1)
+    noted = json.loads((tmp_path / "inputs.json").read_text())
+    del noted["tokenizer"]
+    (tmp_path / "inputs.json").write_text(json.dumps(noted))
+    train(bases["tiny"], data, tmp_path, max_train_steps=2, dry_run="true")
+
+
+def test_a_disk_that_is_full_from_the_start_is_told_in_one_line(bases, data, tmp_path, monkeypatch):
+    def full(path: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tiger.launch.write_json", full)
+    with pytest.raises(WorkFailed, match="is full .*there was no checkpoint yet"):
+        train(bases["tiny"], data, tmp_path)
 
 
 def test_a_run_that_came_to_no_checkpoint_binds_nobody(bases, data, tmp_path, monkeypatch):
@@ -183,12 +209,16 @@ def test_the_card_tells_what_was_trained(bases, data, tmp_path):
     assert "code at git commit" in card and "max_train_steps: 1" in card
 
 
-def test_only_the_model_is_uploaded(bases, data, tmp_path, monkeypatch):
-    """Not the validation grids, which show real images, nor caches and checkpoints."""
-    assert "--push_to_hub needs a token" in refusal(
-        pretrain.main, pretrained_model=bases["tiny"], data_dir=data, output_dir=tmp_path, push_to_hub="true"
-    )
+def test_only_the_model_is_uploaded_and_only_where_asked(bases, data, tmp_path, monkeypatch):
+    """Not the validation grids, which show real images, nor caches and checkpoints. After a failure, once more."""
+    out = tmp_path / "thyroid"
+    given = {"pretrained_model": bases["tiny"], "data_dir": data, "output_dir": out, "max_train_steps": 1}
+    asked = given | {"push_to_hub": "true", "validation_steps": 1}
+    assert "--push_to_hub needs a token" in refusal(pretrain.main, **asked)
     monkeypatch.setenv("HF_TOKEN", "hf_none")
+    assert "'a/b/c'. Use `repo_type` argument if needed. Give another --hub_model_id" in refusal(
+        pretrain.main, **asked, hub_model_id="a/b/c"
+    )
     sent = {}
 
     def upload(self, *, repo_id, folder_path, allow_patterns):
@@ -200,10 +230,20 @@ def test_only_the_model_is_uploaded(bases, data, tmp_path, monkeypatch):
         assert private
         return SimpleNamespace(repo_id=f"me/{repo_id}")
 
+    def offline(self, *_, **__):
+        raise OSError("no route to\nhost")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", offline)
+    pretrain.main(flags(**given | {"output_dir": tmp_path / "kept"}))
+    with pytest.raises(WorkFailed, match=r"upload failed \(no route to host\).* the same command uploads it"):
+        pretrain.main(flags(**asked))
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create)
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
-    out = tmp_path / "thyroid"
-    train(bases["tiny"], data, out, max_train_steps=1, validation_steps=1, push_to_hub="true")
+    monkeypatch.setenv("RANK", "1")  # one of several processes, and not the first
+    pretrain.main(flags(**asked))
+    assert not sent
+    monkeypatch.delenv("RANK")
+    pretrain.main(flags(**asked))  # trained already
     folders = {name.partition("/")[0] for name in sent["me/thyroid"]}
     parts = {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
     assert folders == parts | {"README.md", "config.yaml", "model_index.json"}
@@ -213,11 +253,17 @@ def test_what_does_not_go_with_sharding_is_refused(bases, data, tmp_path, monkey
     given = {"pretrained_model": bases["tiny"], "data_dir": data, "output_dir": tmp_path}
     with monkeypatch.context() as deepspeed:
         deepspeed.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-        assert "configured for DeepSpeed" in refusal(pretrain.main, **given)
+        said = refusal(pretrain.main, **given)
+    for part in ("configured for DeepSpeed", "before a bad step can be left out", "pickles", "accelerate/zero2.yaml"):
+        assert part in said
+    assert "\n" not in said
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "does not go with fsdp_version: 1" in refusal(pretrain.main, **given)
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert "does not go with --compile" in refusal(pretrain.main, **given, compile="true")
+    with monkeypatch.context() as half:
+        half.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+        assert "does not go with mixed_precision: fp16; give bf16" in refusal(pretrain.main, **given)
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     assert "does not go with fsdp_cpu_ram_efficient_loading" in refusal(pretrain.main, **given)
 
@@ -249,7 +295,21 @@ def test_dry_run_writes_nothing(bases, data, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "9 images of 9 patients at 64 px: PTC 7, FTC 1, benign 1" in said
     assert "M parameters trained" in said and "2 steps of 2 images, 0.4 epochs" in said
-    assert "GiB a process" in said and "GFLOP an image" in said
+    assert "GiB a process" in said and "GFLOP an image" in said and "hours" not in said
+
+
+def test_dry_run_estimates_memory_and_time(bases, data, tmp_path, capsys, monkeypatch):
+    """Weights are 4 bytes each; gradients, two moments and the average of what is trained 16 more."""
+    monkeypatch.setattr("tiger.flops.peak", lambda device, half: 1e12)
+    train(bases["tiny"], data, tmp_path / "out", dry_run="true", use_ema="true", max_train_steps=10**9)
+    said = capsys.readouterr().out
+    trained, frozen, gibibytes = (
+        float(found) for found in re.findall(r"([\d.]+) (?:M parameters trained|M frozen|GiB a process)", said)
+    )
+    assert gibibytes == pytest.approx((20 * trained + 4 * frozen) * 1e6 / 2**30, abs=0.006)
+    gigaflops = float(re.search(r"work: ([\d.]+) GFLOP an image", said)[1])
+    hours = float(re.search(r"([\d.e+]+) hours at 30% of the devices' peak", said)[1])
+    assert hours == pytest.approx(gigaflops * 1e9 * 2 * 10**9 / (0.3 * 1e12) / 3600, rel=0.01)  # 2 images a step
 
 
 def refused(base: Path, data: Path, output_dir: Path, **values: object) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,18 @@ def base(tmp_path_factory) -> Path:
     return save_base(tmp_path_factory.mktemp("base"))
 
 
+def tell_saves(rank: int) -> None:
+    """Have each call of checkpoint.save and checkpoint.publish print a line on the process's stderr."""
+    for name in ("save", "publish"):
+        original = getattr(checkpoint, name)
+
+        def told(folder, step, write, name=name, original=original):
+            print(f"\n{name} {step}", file=sys.stderr)  # apart from the progress bar
+            return original(folder, step, write)
+
+        setattr(checkpoint, name, told)
+
+
 def read_log(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -40,14 +53,19 @@ def test_two_processes_train_as_one(stage, weights, base, data, tmp_path):
     main = {"coarse": pretrain.main, "fine": finetune.main}[stage]
     argv = flags(
         pretrained_model=base, data_dir=data, max_train_steps=3, checkpointing_steps=2, validation_steps=2,
-        learning_rate=1e-4, use_ema="true",
+        learning_rate=1e-4, lr_scheduler="cosine", use_ema="true",
     )  # fmt: skip
     main([*argv, f"--output_dir={tmp_path / 'one'}", "--train_batch_size=4"])
     two = [*argv, f"--output_dir={tmp_path / 'two'}", "--train_batch_size=2"]
-    codes = launch(main, two, 2, tmp_path)
-    assert codes == [0, 0], [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    codes = launch(main, two, 2, tmp_path, tell_saves)
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert codes == [0, 0], said
+    saves = [[line for line in text.splitlines() if line.startswith(("save ", "publish "))] for text in said]
+    assert saves == [["save 2", "save 3", "publish 3"], []]  # written once
     one, both = (read_log(tmp_path / run) for run in ("one", "two"))
-    assert [line["step"] for line in both] == [1, 2, 3]  # written once
+    assert [line["step"] for line in both] == [1, 2, 3]  # written once too
+    assert [line["learning_rate"] for line in both] == [line["learning_rate"] for line in one]
+    assert len({line["learning_rate"] for line in one}) == 3
     for name in [name for name in one[0] if name.startswith("loss")] + ["grad_norm"]:
         assert [line[name] for line in both] == pytest.approx([line[name] for line in one], rel=1e-4)
     for name, value in load_file(tmp_path / "one" / weights).items():

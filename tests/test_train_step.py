@@ -9,7 +9,7 @@ from conftest import awaken
 
 from benchmarks import train_step
 from benchmarks.train_step import Draws
-from tiger import diffusion
+from tiger import diffusion, flops
 from tiger.stage import SampleNoise
 
 SIZE = train_step.SIZES["tiny"]
@@ -121,8 +121,49 @@ def test_the_others_do_more_work(base):
     assert not control.schedule.alphas_cumprod.is_meta  # counting leaves no trace
 
 
-def test_tables(capsys):
-    train_step.main(["--size", "tiny", "--repeats", "1", "--warmup", "0"])
+@pytest.mark.slow  # seconds, on meta tensors
+def test_mid_shares_its_work_out_as_stable_diffusion_does():
+    """What caches save is the VAE and the text encoder: they must cost as much beside the U-Net."""
+
+    def shares(size: train_step.Size) -> list[float]:
+        cells = size.side // 8
+        with torch.device("meta"):
+            base = train_step.random_base(size)
+        unet, vae, text = base.unet, base.vae, base.text_encoder
+        for network in base.networks:
+            network.requires_grad_(True)
+
+        def denoised() -> torch.Tensor:
+            states = torch.empty(1, train_step.MAX_LENGTH, size.text_width)
+            return unet(torch.empty(1, 4, cells, cells), torch.zeros(1).long(), states).sample.sum()
+
+        whole, encoded, read = (
+            flops.count(run, [network])
+            for run, network in (
+                (denoised, unet),
+                (lambda: vae.encode(torch.empty(1, 3, size.side, size.side)).latent_dist.mean.sum(), vae),
+                (lambda: text(torch.zeros(1, train_step.MAX_LENGTH).long())[0].sum(), text),
+            )
+        )
+        return [encoded / whole, read / whole]
+
+    assert shares(train_step.SIZES["mid"]) == pytest.approx(shares(train_step.SIZES["sd21"]), rel=0.1)
+
+
+def test_tables(capsys, monkeypatch):
+    """Also: each variant counts its own steps, or "alternate" would always train the same encoder."""
+    taken = []
+    losses = train_step.FineStage.losses
+
+    def noting(self, given, step, *scale):
+        if not given.mask.is_meta:  # not while FLOPs are counted
+            taken.append((self.update, step))
+        return losses(self, given, step, *scale)
+
+    monkeypatch.setattr(train_step.FineStage, "losses", noting)
+    train_step.main(["--size", "tiny", "--repeats", "2", "--warmup", "0"])
+    for update in train_step.UPDATES:  # as in training, and bare
+        assert [step for name, step in taken if name == update] == [0, 0, 1, 1]
     printed = capsys.readouterr().out
     for name in ("published", "diffusers", "ours, separate", "ours, alternate", "ours, joint", "text2image"):
         (line,) = (line for line in printed.splitlines() if line.startswith(f"| {name} |"))

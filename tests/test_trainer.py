@@ -1,6 +1,7 @@
 """The loop, on a toy stage of a few numbers."""
 
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from tiger import checkpoint
 from tiger.errors import WorkFailed
 from tiger.guard import apply
 from tiger.stage import SampleNoise, image_grid
-from tiger.tracking import drop_lines_after
+from tiger.tracking import drop_lines_after, start_trackers
 from tiger.trainer import Ema, lr_factor, set_rates, train
 
 ROWS = 10
@@ -213,7 +214,7 @@ def test_a_diverged_run_names_step_and_images_and_saves_nothing_bad(tmp_path, fa
 
 
 def test_a_bad_step_is_skipped_as_if_it_had_not_been(tmp_path, capsys):
-    """Weights, optimizer and average stay bit for bit; the log counts the good steps alone."""
+    """Weights and optimizer stay bit for bit; the log counts the good steps alone."""
     stage = poisoned(float("nan"), 2)
     assert fit(tmp_path, stage, skip_bad_steps=1, checkpointing_steps=1, log_steps=6)
     assert "warning: step 3 went wrong: loss nan" in capsys.readouterr().err
@@ -361,6 +362,21 @@ def test_the_average_by_hand():
     assert model.weight.item() == 2.0
 
 
+def test_the_average_is_a_power_function():
+    """After step n, a step k of the past counts in proportion to (k + 2) … (k + 9), about k^8."""
+    weight, last = nn.Parameter(torch.zeros(1, dtype=torch.float64)), 40
+    counts = []
+    for step in range(last + 1):
+        ema = Ema({"weight": weight}, max_decay=0.9999)
+        for now in range(last + 1):
+            weight.data.fill_(now == step)
+            ema.update(now)
+        counts.append(ema.average["weight"].item())
+    powers = [math.prod(range(step + 2, step + 10)) for step in range(last + 1)]
+    assert counts == pytest.approx([sum(counts) / sum(powers) * power for power in powers])
+    assert sum(counts) == pytest.approx(1, abs=1e-6)  # next to nothing of what it began with
+
+
 def test_noise_depends_on_seed_step_and_place_only():
     def draw(step: int, *places: int) -> torch.Tensor:
         noise = SampleNoise(5, step, range(*places), torch.device("cpu"))
@@ -368,6 +384,28 @@ def test_noise_depends_on_seed_step_and_place_only():
 
     assert torch.equal(draw(1, 0, 4), torch.cat([draw(1, 0, 1), draw(1, 1, 4)]))
     assert not torch.equal(draw(1, 0, 4), draw(2, 0, 4)) and not torch.equal(draw(1, 0, 1), draw(1, 1, 2))
+
+
+def test_the_share_of_the_peak_is_logged(tmp_path, monkeypatch):
+    """Images a second times FLOPs of an image, over what the device could do."""
+    monkeypatch.setattr("tiger.flops.peak", lambda device, half: 1e12)
+    fit(tmp_path, flops_per_image=1e9)
+    for line in read_log(tmp_path):
+        assert line["tflops"] == pytest.approx(line["images_per_second"] * 1e-3)
+        assert line["mfu"] == pytest.approx(line["tflops"])
+        assert line["peak_memory_gib"] > 0
+
+
+def test_wandb_stays_offline_unless_told(tmp_path, monkeypatch):
+    begun: list[dict[str, Any]] = []
+    accelerator: Any = SimpleNamespace(init_trackers=lambda name, init_kwargs: begun.append(init_kwargs))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    start_trackers(accelerator, tmp_path, 7)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    start_trackers(accelerator, tmp_path, 7)
+    assert [given["wandb"]["mode"] for given in begun] == ["offline", "online"]
+    assert begun[0]["wandb"]["dir"] == str(tmp_path)
+    assert begun[0]["tensorboard"] == {"purge_step": 7}  # what a run logged after the checkpoint it resumes from goes
 
 
 def test_log_lines_after_the_checkpoint_go(tmp_path):

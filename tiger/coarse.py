@@ -16,8 +16,8 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from tiger import diffusion, flops
+from tiger.cache import TextCache, to_device
 from tiger.components import Components
-from tiger.dataset import TextCache, to_device
 from tiger.files import write_json
 from tiger.model import compile_blocks
 from tiger.optimizer import adamw

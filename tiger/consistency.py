@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tiger import diffusion, flops
+from tiger.cache import TextCache, to_device
 from tiger.coarse import merged
 from tiger.components import Components
-from tiger.dataset import TextCache, to_device
 from tiger.errors import InputError
 from tiger.fine import HALF, FineInputs, conditions_grid, read_prompts
 from tiger.knowledge import Knowledge

@@ -1,28 +1,22 @@
-"""Manifest rows as tensors, the order they are trained in, and what is computed once: latents and text states."""
+"""Manifest rows as tensors, the order they are trained in, and their latents."""
 
 import functools
 import hashlib
-import json
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.data import Dataset, Sampler
-from tqdm import tqdm
 
 from tiger import conditions, shards
-from tiger.files import atomic_path
+from tiger.cache import Cache, cached, model_key
 from tiger.knowledge import Placement
 from tiger.manifest import Manifest, Row, row_weights
 
-SHARD_ROWS = 1024  # images a cache file
 NOWHERE = Placement()  # of an organ whose words name no parts of it
 
 
@@ -57,7 +51,7 @@ class TigerDataset(Dataset[dict[str, Any]]):
         self.resolution = resolution
         self.with_conditions = with_conditions
         self.blank_nodule = blank_nodule
-        self.latents: LatentCache | None = None
+        self.latents: Cache | None = None
 
     def __len__(self) -> int:
         return len(self.rows) * (2 if self.random_flip else 1)
@@ -104,7 +98,7 @@ class TigerDataset(Dataset[dict[str, Any]]):
 
     def gray(self, index: int, column: str) -> np.ndarray:
         """One of an item's files as it lies in its folder or shard: (H, W) uint8."""
-        return conditions.to_gray(shards.open_image(self.manifest.file(self.row(index), column)))
+        return conditions.read_gray(self.manifest.file(self.row(index), column))
 
     def tensor(self, gray: np.ndarray, index: int) -> torch.Tensor:
         """(H, W) uint8 -> (1, H, W) float32 in [0, 1], mirrored if the item is."""
@@ -200,119 +194,18 @@ def sample_latents(vae: AutoencoderKL, moments: torch.Tensor, noise: torch.Tenso
     return latents * vae.config["scaling_factor"]
 
 
-class LatentCache:
-    """VAE moments of each row of a data set, read from memory-mapped files as they are asked for."""
+def cache_latents(vae: AutoencoderKL, dataset: TigerDataset, cache_dir: Path, **share: Any) -> Cache:
+    """Moments (2C, h, w) of each of the data set's images: mean and log-variance, so that sampling stays random.
 
-    def __init__(self, places: Sequence[tuple[Path, int]]):
-        self.places = places
-        self.files: dict[Path, Any] = {}  # path -> open slice
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """(2C, h, w) float32: mean and log-variance."""
-        path, row = self.places[index]
-        if path not in self.files:
-            self.files[path] = safe_open(str(path), framework="pt").get_slice("moments")
-        return self.files[path][row].float()
-
-
-def cache_latents(
-    vae: AutoencoderKL, dataset: TigerDataset, cache_dir: Path, *, batch_size: int = 16, rank: int = 0, world: int = 1,
-    wait: Callable[[], None] = lambda: None,
-) -> LatentCache:  # fmt: skip
-    """Encode every image that the cache does not hold yet, and return the cache.
-
-    Entries are keyed by the image file's content, the VAE's weights and config, and the resolution, so they are never
-    stale, and runs and data sets can share them. Files are written whole: an interrupted run continues where it
-    stopped. With several processes each encodes its share; `wait` lets them meet.
+    Stored in half precision. Keyed by the image file's content, the VAE's weights and config, and the resolution.
+    share: how `cached` goes about it.
     """
-    folder = cache_dir / f"latents-{dataset.resolution}px-{model_key(vae)}"
+
+    def encode(indices: Sequence[int]) -> torch.Tensor:
+        images = torch.stack([dataset.image(index) for index in indices])
+        encoded: Any = vae.encode(images.to(vae.device, vae.dtype))
+        return encoded.latent_dist.parameters.half()
+
     keys = [dataset.content_key(index) for index in range(len(dataset))]
-    known = read_index(folder)
-    first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in known}  # duplicates once
-    # Shared out by key, as another process may already have written part of its share when this one reads the index.
-    mine = [(key, first[key]) for key in sorted(first) if int(key[:8], 16) % world == rank]
-    with tqdm(total=len(mine), desc="encoding images", unit="image", disable=rank > 0 or not mine) as bar:
-        for start in range(0, len(mine), SHARD_ROWS):
-            write_shard(vae, dataset, mine[start : start + SHARD_ROWS], folder, batch_size, bar)
-    wait()
-    if first:
-        known = read_index(folder)
-    return LatentCache([known[key] for key in keys])
-
-
-def write_shard(
-    vae: AutoencoderKL, dataset: TigerDataset, rows: list[tuple[str, int]], folder: Path, batch_size: int, bar: tqdm
-) -> None:
-    """Encode (key, index) rows into one file of `folder`, named after its keys."""
-    moments = []
-    for start in range(0, len(rows), batch_size):
-        images = torch.stack([dataset.image(index) for _, index in rows[start : start + batch_size]])
-        with torch.no_grad():
-            encoded: Any = vae.encode(images.to(vae.device, vae.dtype))
-        moments.append(encoded.latent_dist.parameters.half().cpu())  # (b, 2C, h, w)
-        bar.update(len(images))
-    keys = [key for key, _ in rows]
-    name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
-    with atomic_path(folder / f"{name}.safetensors") as path:
-        save_file({"moments": torch.cat(moments).contiguous()}, str(path), metadata={"keys": json.dumps(keys)})
-
-
-def read_index(folder: Path) -> dict[str, tuple[Path, int]]:
-    """Content key -> (file, row) of a cache folder. A damaged file is named on stderr and removed, to be made again."""
-    index = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name.startswith("."):
-            continue  # one being written
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                keys = json.loads(file.metadata()["keys"])
-        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-            print(f"warning: {path} is damaged and is made again: {error}", file=sys.stderr)
-            path.unlink(missing_ok=True)
-            continue
-        index |= {key: (path, row) for row, key in enumerate(keys)}
-    return index
-
-
-def model_key(model: torch.nn.Module) -> str:
-    """Short hash of a model's weights, and of its configuration (not of transformers', which names versions)."""
-    settings = model.config if isinstance(model.config, Mapping) else {}
-    config = {key: value for key, value in settings.items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-class TextCache:
-    """Text -> hidden states of a frozen text encoder, each distinct text encoded once; at most `limit` are kept."""
-
-    def __init__(self, encode: Callable[[list[str]], torch.Tensor], limit: int, device: torch.device | str = "cpu"):
-        """device: where the states are wanted. They are kept in main memory: thousands would fill a GPU."""
-        self.encode = encode
-        self.limit = limit
-        self.device = torch.device(device)
-        self.states: dict[str, torch.Tensor] = {}  # text -> (L, D), on the CPU
-
-    @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """(B,) texts -> (B, L, D) on the device. What the cache lacks is encoded in one batch."""
-        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}  # prompts recur: each is moved once
-        missing = [text for text in rows if text not in self.states]
-        fresh = dict(zip(missing, self.encode(missing).float().cpu(), strict=True)) if missing else {}
-        distinct = torch.stack([fresh[text] if text in fresh else self.states[text] for text in rows])
-        for text in missing[: max(self.limit - len(self.states), 0)]:
-            self.states[text] = fresh[text].clone()  # a view would keep its whole batch alive
-        places = torch.tensor([rows[text] for text in texts])
-        return to_device(distinct, self.device)[to_device(places, self.device)]
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Move a tensor without waiting for the GPU: a copy from memory that is not pinned would."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    folder = cache_dir / f"latents-{dataset.resolution}px-{model_key(vae)}"
+    return cached(folder, keys, encode, unit="image", **share)

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import nn
 
 from tiger import diffusion, flops
+from tiger.cache import TextCache, to_device
 from tiger.components import Components, load_unet
-from tiger.dataset import TextCache, to_device
 from tiger.knowledge import Knowledge
 from tiger.model import DualControlNet, Residuals, compile_blocks, separate_surrogate, unet_with_residuals
 from tiger.optimizer import adamw

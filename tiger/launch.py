@@ -8,7 +8,8 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from tiger.card import model_card, push
 from tiger.components import Components, check_base, load_components
 from tiger.config import TrainConfig, check_resume, config_text
 from tiger.errors import InputError, WorkFailed
-from tiger.files import atomic_path, changed_settings, write_json
+from tiger.files import atomic_path, changed_settings, read_json, write_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row, row_weights
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 GOOD_MFU = 0.3  # of the device's peak, reached by MLPerf's record for Stable Diffusion
 MAX_TOKENS = 77  # of CLIP's text encoder, begin and end included
+PATIENCE = timedelta(hours=2)  # of processes while one encodes, draws or writes longer than the others
 MakeStage = Callable[[Any, Components, list[dict[str, Any]], Knowledge, "Accelerator"], "Stage"]
 
 
@@ -54,25 +56,31 @@ def launch(
     check_output(config, output_dir)
     check_services(config)
     if config.num_train_epochs is None and is_finished(config, output_dir, config.max_train_steps):
+        upload(config, output_dir)
         return
     check_base(config.pretrained_model)
     knowledge = Knowledge.load(config.knowledge)
     train_rows, validation_rows = read_rows(config, knowledge, with_conditions)
     steps = count_steps(config, len(train_rows.rows))
     if is_finished(config, output_dir, steps):
+        upload(config, output_dir)
         return
 
     import torch
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     from tiger import flops
+    from tiger.cache import TextCache, model_key
     from tiger.dataset import TigerDataset, cache_latents
     from tiger.trainer import train
 
     accelerator = Accelerator(
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=output_dir / "logs",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
     components = load(config.pretrained_model)
     resolution = components.resolution(config.resolution)
@@ -93,21 +101,29 @@ def launch(
         print(summary(config, train_rows, stage, components, resolution, steps, work, peak), flush=True)
     if config.dry_run:
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        with atomic_path(output_dir / "config.yaml") as path:
-            path.write_text(config_text(config), encoding="utf-8")
-        write_json(output_dir / "inputs.json", inputs)
     card = model_card(
         kind, config.pretrained_model,
         counts=Counter(row.label or "no label" for row in train_rows.rows), resolution=resolution,
         steps=steps, images_per_step=images_per_step(config), config=config_text(config),
     )  # fmt: skip
     with known_failures(accelerator, output_dir):
-        dataset.latents = cache_latents(
-            components.vae, dataset, Path(config.cache_dir) if config.cache_dir else output_dir / "cache",
-            rank=accelerator.process_index, world=accelerator.num_processes, wait=accelerator.wait_for_everyone,
-        )  # fmt: skip
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process:
+            with atomic_path(output_dir / "config.yaml") as path:
+                path.write_text(config_text(config), encoding="utf-8")
+            files = dict(zip((row.file_name for row in dataset.rows), dataset.contents, strict=True))
+            write_json(output_dir / "inputs.json", inputs | {"files": files})  # for eval/leakage.py
+        cache_dir = Path(config.cache_dir) if config.cache_dir else output_dir / "cache"
+        share: dict[str, Any] = {
+            "rank": accelerator.process_index,
+            "world": accelerator.num_processes,
+            "wait": accelerator.wait_for_everyone,
+        }
+        dataset.latents = cache_latents(components.vae, dataset, cache_dir, **share)
+        if isinstance(stage.read_text, TextCache):  # the text encoder is frozen
+            texts = {text for index in range(len(dataset)) for text in prompts_of(kind, dataset.texts(index))}
+            encoder = f"{model_key(components.text_encoder)}-{inputs['tokenizer']}"
+            stage.read_text.store(["", *texts], cache_dir / f"texts-{encoder}", **share)
         finished = train(
             accelerator,
             stage,
@@ -138,8 +154,31 @@ def launch(
         sys.exit(143)  # 128 + SIGTERM, as the shell would report
     if accelerator.is_main_process:
         print(f"saved the finished model of step {steps} to {output_dir}")
-        if config.push_to_hub:
-            print(f"uploaded it to {push(output_dir, config.hub_model_id or output_dir.resolve().name)}")
+    upload(config, output_dir)
+
+
+def prompts_of(kind: str, texts: Mapping[str, str]) -> list[str]:
+    """The prompts of an image that a stage reads: the U-Net alone has no use for the halves."""
+    return [texts["text"]] if kind == "coarse" else list(texts.values())
+
+
+def upload(config: TrainConfig, output_dir: Path) -> None:
+    """Upload the finished model from the first process, where --push_to_hub asks for it. Raises WorkFailed."""
+    if not config.push_to_hub or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        address = push(output_dir, repository(config))
+    except Exception as error:  # of the network, the token, the service
+        raise WorkFailed(
+            f"the upload failed ({' '.join(str(error).split())}); the finished model is in {output_dir}, and the same "
+            "command uploads it"
+        ) from error
+    print(f"uploaded {output_dir} to {address}")
+
+
+def repository(config: TrainConfig) -> str:
+    """Where --push_to_hub uploads to."""
+    return config.hub_model_id or Path(config.output_dir).resolve().name
 
 
 def check_output(config: TrainConfig, output_dir: Path) -> None:
@@ -154,8 +193,15 @@ def check_output(config: TrainConfig, output_dir: Path) -> None:
 
 
 def check_inputs(output_dir: Path, inputs: dict[str, Any]) -> None:
-    """Refuse an output folder whose training took in something else under the same names."""
-    changed = changed_settings(output_dir / "inputs.json", inputs) if holds_training(output_dir) else []
+    """Refuse an output folder whose training took in something else under the same names.
+
+    What an older version of this code did not note down is not compared.
+    """
+    saved = output_dir / "inputs.json"
+    if not holds_training(output_dir) or not saved.exists():
+        return
+    noted = read_json(saved)
+    changed = changed_settings(saved, {name: value for name, value in inputs.items() if name in noted})
     if changed:
         raise InputError(
             f"{output_dir} holds a training on other inputs: {'; '.join(changed)}. Give the old ones to resume, or "
@@ -172,8 +218,9 @@ def check_services(config: TrainConfig) -> None:
     """Refuse a way of sharing out the model, a tracker or an upload that would not work."""
     if configured("ACCELERATE_USE_DEEPSPEED"):
         raise InputError(
-            "accelerate is configured for DeepSpeed, which steps inside the backward pass, before a bad step can be "
-            "left out; configs/accelerate/zero2.yaml shares out the same by FSDP2"
+            "accelerate is configured for DeepSpeed, which it has step inside the backward pass, before a bad step can "
+            "be left out, and whose checkpoints are pickles: give configs/accelerate/zero2.yaml, which shares out the "
+            "same by FSDP2"
         )
     if configured("ACCELERATE_USE_FSDP"):
         check_sharding(config)
@@ -181,9 +228,14 @@ def check_services(config: TrainConfig) -> None:
         raise InputError("--report_to wandb needs wandb: pip install wandb; or --report_to tensorboard")
     if config.push_to_hub:
         from huggingface_hub import get_token
+        from huggingface_hub.utils import HFValidationError, validate_repo_id
 
         if get_token() is None:
             raise InputError("--push_to_hub needs a token of huggingface.co: run `hf auth login`, or set HF_TOKEN")
+        try:
+            validate_repo_id(repository(config))
+        except HFValidationError as error:
+            raise InputError(f"--push_to_hub: {' '.join(str(error).split())} Give another --hub_model_id") from None
 
 
 def check_sharding(config: TrainConfig) -> None:
@@ -193,6 +245,7 @@ def check_sharding(config: TrainConfig) -> None:
         "fsdp_cpu_ram_efficient_loading; give false": configured("FSDP_CPU_RAM_EFFICIENT_LOADING"),
         "fsdp_activation_checkpointing; give --gradient_checkpointing": configured("FSDP_ACTIVATION_CHECKPOINTING"),
         "fsdp_offload_params; give false": configured("FSDP_OFFLOAD_PARAMS"),
+        "mixed_precision: fp16; give bf16": os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16",
         "--use_8bit_adam; leave it out": config.use_8bit_adam,
         "--compile; leave it out": config.compile,
     }
@@ -242,7 +295,7 @@ def fingerprint(components: Components, dataset: "TigerDataset", knowledge: Know
 
     Files count by their content, of which the latent cache has need as well.
     """
-    from tiger.dataset import model_key
+    from tiger.cache import model_key
 
     base = [model_key(network) for network in components.networks]
     base.append(str(sorted(components.scheduler.config.items(), key=str)))
@@ -251,6 +304,7 @@ def fingerprint(components: Components, dataset: "TigerDataset", knowledge: Know
         for row in dataset.rows
     ]
     named: dict[str, Any] = {"pretrained_model": base, "training rows": rows, "images": dataset.contents}
+    named["tokenizer"] = sorted(components.tokenizer.get_vocab().items()), components.tokenizer.pad_token
     if dataset.with_conditions:  # terms are weighted
         named["masks"], named["edge maps"] = (dataset.hashes(column) for column in ("condition_fg", "condition_bg"))
         texts = dict.fromkeys(row.text_fg for row in dataset.rows)
@@ -336,8 +390,8 @@ def summary(
 ) -> str:  # fmt: skip
     """What is about to be trained on what, a line each. flops: an image; peak: FLOP/s of one device, where known."""
     trained = sum(p.numel() for p in stage.trainable.parameters() if p.requires_grad)
-    known = {p: p.numel() for network in (*components.networks, stage.trainable) for p in network.parameters()}
-    frozen = sum(known.values()) - trained
+    known = {p for network in (*components.networks, stage.trainable) for p in network.parameters()}
+    frozen = sum(p.numel() for p in known) - trained
     batch = images_per_step(config)
     counts = Counter(row.label or "no label" for row in rows.rows).most_common()
     patients = len({row.patient_id for row in rows.rows if row.patient_id})
@@ -345,7 +399,8 @@ def summary(
     lengths = [len(ids) for ids in components.tokenizer(texts).input_ids]
     cut = sum(length > MAX_TOKENS for length in lengths)
     moments = 2 if config.use_8bit_adam else 8  # bytes of optimizer state a parameter
-    gibibytes = (trained * (4 + 4 + moments + 4 * config.use_ema) + frozen * 4) / 2**30  # weights, gradients, average
+    weights = sum(p.numel() * p.element_size() for p in known)
+    gibibytes = (weights + trained * (4 + moments + 4 * config.use_ema)) / 2**30  # and gradients, moments, average
     lines = [
         f"data: {len(rows.rows)} images of {patients or 'unnamed'} patients at {resolution} px: "
         + ", ".join(f"{label} {count}" for label, count in counts),

@@ -1,6 +1,6 @@
 """What the loop and the stages agree on: the Stage protocol, random draws, noised batches, the validation grid."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +48,11 @@ class Stage(Protocol):
 
     trainable: torch.nn.Module  # all that is trained, in one module; train() replaces it by accelerate's wrapper
     optimizers: list[torch.optim.Optimizer]  # over the trainable's parameters, at their peak learning rates
+
+    @property
+    def read_text(self) -> Callable[[list[str]], torch.Tensor]:
+        """What turns prompts into the model's input: a TextCache, unless the text encoder is trained."""
+        ...
 
     def begin_step(self, texts: Sequence[dict[str, str]]) -> None:
         """Called before each optimizer step with the prompts of the global batch, those of other processes too."""

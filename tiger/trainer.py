@@ -30,10 +30,11 @@ NAMED = 8  # images that a message names
 
 
 class Ema:
-    """Moving average of parameters; its decay rises as (1 + n) / (10 + n) with step n, up to a limit.
+    """Power-function moving average of parameters: its decay rises as (1 + n) / (10 + n) with step n, up to a limit.
 
-    This is the warm-up of tf.train.ExponentialMovingAverage. Until the limit is reached it averages over about the last
-    tenth of training, so that short runs profit too.
+    Until the limit is reached, step k counts in proportion to (k + 2) … (k + 9), about k⁸: the average spans the same
+    share of a run of any length, with a relative width of 9 % (Karras et al. 2024, https://arxiv.org/abs/2312.02696,
+    section 3.1, at γ = 8). This is also the warm-up of tf.train.ExponentialMovingAverage.
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], max_decay: float):
