@@ -1,6 +1,8 @@
 """TigerPipeline: what reaches the U-Net, what comes out, and what is on disk."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -476,3 +478,20 @@ def test_contradictions_are_named(make_pipe, options, message):
 def test_texts_are_lists(make_pipe):
     with pytest.raises(InputError, match="lists"):
         make_pipe("tiny")("malignant", "sonogram", **conditions())
+
+
+def test_the_readmes_example_draws_an_image(make_pipe, tmp_path, monkeypatch):
+    """On a tiny model and a square mask in place of a quickstart's."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    make_pipe().save_pretrained("runs/quickstart/finetune")
+    square = np.zeros((64, 64), np.uint8)
+    square[20:40, 16:44] = 255
+    for kind in ("condition_fg", "condition_bg"):
+        folder = tmp_path / "runs" / "quickstart" / "data" / kind
+        folder.mkdir(parents=True)
+        Image.fromarray(square).save(folder / "000000.png")
+    exec(compile(example, "README.md", "exec"), {})
+    assert Image.open("nodule.png").size == (64, 64)
+    assert sum(bool(line.strip()) for line in example.splitlines()) <= 12
