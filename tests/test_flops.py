@@ -73,6 +73,7 @@ def test_peaks():
     for name in ("NVIDIA A10G", "NVIDIA L40", "NVIDIA GeForce RTX 4090 Laptop GPU", "Tesla P4"):
         assert flops.named_peak(name, True) is None
     assert flops.peak(torch.device("cpu"), True) is None
+    assert 1e9 < flops.product_rate(torch.device("cpu")) < 1e14
     assert 0.1 < flops.peak_memory(torch.device("cpu")) < 1000
 
 

@@ -295,7 +295,7 @@ def test_dry_run_writes_nothing(bases, data, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "9 images of 9 patients at 64 px: PTC 7, FTC 1, benign 1" in said
     assert "M parameters trained" in said and "2 steps of 2 images, 0.4 epochs" in said
-    assert "GiB a process" in said and "GFLOP an image" in said and "hours" not in said
+    assert "GiB a process" in said and "GFLOP an image" in said and " hours at " in said
 
 
 def test_dry_run_estimates_memory_and_time(bases, data, tmp_path, capsys, monkeypatch):
@@ -310,6 +310,11 @@ def test_dry_run_estimates_memory_and_time(bases, data, tmp_path, capsys, monkey
     gigaflops = float(re.search(r"work: ([\d.]+) GFLOP an image", said)[1])
     hours = float(re.search(r"([\d.e+]+) hours at 30% of the devices' peak", said)[1])
     assert hours == pytest.approx(gigaflops * 1e9 * 2 * 10**9 / (0.3 * 1e12) / 3600, rel=0.01)  # 2 images a step
+    monkeypatch.undo()
+    monkeypatch.setattr("tiger.flops.product_rate", lambda device: 1e12)
+    train(bases["tiny"], data, tmp_path / "out", dry_run="true", use_ema="true", max_train_steps=10**9)
+    slower = float(re.search(r"([\d.e+]+) hours at the speed of matrix products here", capsys.readouterr().out)[1])
+    assert slower == pytest.approx(hours * 0.3 / 0.8, rel=0.01)
 
 
 def refused(base: Path, data: Path, output_dir: Path, **values: object) -> str:

@@ -7,6 +7,7 @@ once, as in model FLOPs utilisation, MFU (Chowdhery et al. 2022, https://arxiv.o
 import contextlib
 import re
 import resource
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -92,6 +93,19 @@ def named_peak(name: str, half: bool) -> float | None:
     rows = (row for pattern, row in PEAK_TFLOPS.items() if re.search(rf"\b{pattern}\b", name))
     row = next(rows, None)
     return None if row is None else 1e12 * row[0 if half else 1]
+
+
+def product_rate(device: torch.device) -> float:
+    """FLOP/s of float32 matrix products on this device, the best of a few timed: what stands for an unknown peak."""
+    side = 512
+    a, b = (torch.ones(side, side, device=device) for _ in range(2))
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # reading waits for a GPU
+        return time.perf_counter() - began
+
+    return 2 * side**3 / min(seconds() for _ in range(20))
 
 
 def peak_memory(device: torch.device) -> float:

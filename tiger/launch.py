@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tiger.stage import Stage
 
 GOOD_MFU = 0.3  # of the device's peak, reached by MLPerf's record for Stable Diffusion
+CPU_SHARE = 0.8  # of what matrix products reach, where the peak is unknown (benchmarks/RESULTS.md)
 MAX_TOKENS = 77  # of CLIP's text encoder, begin and end included
 PATIENCE = timedelta(hours=2)  # of processes while one encodes, draws or writes longer than the others
 MakeStage = Callable[[Any, Components, list[dict[str, Any]], Knowledge, "Accelerator"], "Stage"]
@@ -97,8 +98,11 @@ def launch(
     stage = make_stage(config, components, list(shown), knowledge, accelerator)  # type: ignore[arg-type]
     work = stage.flops(resolution) if accelerator.is_main_process else None
     if work:
-        peak = flops.peak(accelerator.device, accelerator.mixed_precision != "no")
-        print(summary(config, train_rows, stage, components, resolution, steps, work, peak), flush=True)
+        if peak := flops.peak(accelerator.device, accelerator.mixed_precision != "no"):
+            speed, basis = GOOD_MFU * peak, f"{GOOD_MFU:.0%} of the devices' peak"
+        else:
+            speed, basis = CPU_SHARE * flops.product_rate(accelerator.device), "the speed of matrix products here"
+        print(summary(config, train_rows, stage, components, resolution, steps, work, speed, basis), flush=True)
     if config.dry_run:
         return
     card = model_card(
@@ -386,13 +390,14 @@ def spread(rows: tuple[Row, ...], count: int) -> tuple[Row, ...]:
 
 def summary(
     config: TrainConfig, rows: Manifest, stage: "Stage", components: Components, resolution: int, steps: int,
-    flops: float, peak: float | None,
+    flops: float, speed: float, basis: str,
 ) -> str:  # fmt: skip
-    """What is about to be trained on what, a line each. flops: an image; peak: FLOP/s of one device, where known."""
+    """What is about to be trained on what, a line each. flops: an image; speed: FLOP/s to expect of one device."""
     trained = sum(p.numel() for p in stage.trainable.parameters() if p.requires_grad)
     known = {p for network in (*components.networks, stage.trainable) for p in network.parameters()}
     frozen = sum(p.numel() for p in known) - trained
     batch = images_per_step(config)
+    work = flops * steps * batch
     counts = Counter(row.label or "no label" for row in rows.rows).most_common()
     patients = len({row.patient_id for row in rows.rows if row.patient_id})
     texts = list(dict.fromkeys(row.text for row in rows.rows))
@@ -407,11 +412,9 @@ def summary(
         f"model: {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen; {gibibytes:.2f} GiB a process, "
         "and what a batch's activations take",
         f"training: {steps} steps of {batch} images, {steps * batch / items(config, len(rows.rows)):.1f} epochs",
-        f"work: {flops / 1e9:.3g} GFLOP an image, {flops * steps * batch / 1e15:.3g} PFLOP in all",
+        f"work: {flops / 1e9:.3g} GFLOP an image, {work / 1e15:.3g} PFLOP in all: "
+        f"{work / (speed * processes()) / 3600:.3g} hours at {basis}",
     ]
-    if peak:
-        hours = flops * steps * batch / (GOOD_MFU * peak * processes()) / 3600
-        lines[-1] += f": {hours:.3g} hours at {GOOD_MFU:.0%} of the devices' peak"
     if cut:
         longest = texts[lengths.index(max(lengths))]
         lines.append(f"warning: {cut} prompts are cut at {MAX_TOKENS} tokens; the longest: {longest}")
