@@ -330,6 +330,15 @@ def test_leakage_is_refused_by_name(folders: dict[str, Path], tmp_path: Path, wh
         classify.main(arguments(folders, tmp_path / "report.json", *extra))
 
 
+def test_what_cannot_be_checked_is_said(folders: dict[str, Path], tmp_path: Path, capsys) -> None:
+    """Images that were drawn after another copy of the data set, whose files have other names."""
+    classify.main(arguments(folders, tmp_path / "r.json", "--dry_run"))
+    assert "so not checked" not in capsys.readouterr().err
+    fake = spoil(folders["fake"], tmp_path / "other", lambda row: replace(row, derived_from=("shard-0.tar/7.png",)))
+    classify.main(arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run"))
+    assert "so not checked: images/" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", ["same", "copied", "base"])
 def test_a_generator_that_saw_test_rows_is_refused(folders: dict[str, Path], tmp_path: Path, how: str) -> None:
     """Its config.yaml names what it was trained on, or that of the model it started from does."""
