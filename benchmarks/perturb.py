@@ -3,7 +3,7 @@
     python -m benchmarks.perturb --knowledge thyroid --by 0.3 --seed 0 runs/study/thyroid-0.yaml
 
 Each P(term | subtype) is multiplied by a factor drawn uniformly from 1 - by to 1 + by, and a category whose frequencies
-summed to 1 is brought back to it. Terms, synonyms and everything else stay.
+summed to 1, or now exceed it, is brought back to it. Terms, synonyms and everything else stay.
 """
 
 import argparse
@@ -46,9 +46,10 @@ def main(argv: list[str] | None = None) -> None:
     Knowledge.load(args.knowledge)  # names the line where the file is wrong
     path = Path(args.knowledge)
     path = path if path.suffix in (".yaml", ".yml") else KNOWLEDGE_DIR / f"{args.knowledge}.yaml"
-    base = perturbed(yaml.safe_load(path.read_text()), args.by, np.random.default_rng(args.seed))
+    base = perturbed(yaml.safe_load(path.read_text(encoding="utf-8")), args.by, np.random.default_rng(args.seed))
     with atomic_path(args.output) as temporary:
-        temporary.write_text(yaml.safe_dump(base, sort_keys=False, allow_unicode=True, width=120))
+        text = yaml.safe_dump(base, sort_keys=False, allow_unicode=True, width=120)
+        temporary.write_text(text, encoding="utf-8")
         Knowledge.load(temporary)
 
 

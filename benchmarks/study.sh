@@ -6,6 +6,8 @@
 #   bash benchmarks/study.sh runs/another
 #   SHARD=1/2 bash benchmarks/study.sh               # a second process takes its half of the classifiers (the other: 0/2)
 #
+# Start a second process once all images are drawn: what comes before the classifiers is for one process.
+#
 # 24 training images of each rare class, 2,400 test images. The share of synthetic images (half) and their number were
 # chosen on the quickstart's data, which are others.
 set -euo pipefail
@@ -33,7 +35,7 @@ for seed in 0 1 2; do
     train pretrain.sh pretrain assets/tiny-base "$R/coarse$seed" "$seed" --max_train_steps 1000
     train finetune.sh finetune "$R/coarse$seed" "$R/fine$seed" "$seed" --max_train_steps 1000
     # Stable Diffusion with one ControlNet, of the mask: no second encoder, no fusion, no term weights.
-    train finetune.sh finetune "$R/coarse$seed" "$R/controlnet$seed" "$seed" --max_train_steps 750 \
+    train finetune.sh finetune "$R/coarse$seed" "$R/controlnet$seed" "$seed" --max_train_steps 1000 \
         --term_weighting off --fusion sum --bg_dropout 0.999 --fg_dropout 0
     generate "fine$seed" "tiger_f$seed" "$seed"
     generate "fine$seed" "tiger_n$seed" "$seed" --prompts names

@@ -197,7 +197,8 @@ def look_at(row: Row, root: Path, knowledge: Knowledge, fine: bool, siblings: Si
     impossible = knowledge.impossible(parsed.attributes)
     if "file_name" not in images:
         return Look(problems, parsed.unknown, impossible)
-    gray = to_gray(images["file_name"])
+    # By its own bits: with 65535 as white a dark set's images are nearly black, so that all would look alike.
+    gray = to_gray(images["file_name"], white_level([brightest(images["file_name"])]))
     digest = hashlib.blake2b(gray.tobytes() + repr(gray.shape).encode(), digest_size=16).digest()
     return Look(
         problems, parsed.unknown, impossible, digest, perceptual_hash(gray), thumbnail(gray).tobytes(),

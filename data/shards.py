@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from tiger import manifest, shards
 from tiger.errors import InputError
-from tiger.files import atomic_path, changed_settings, read_json, write_json
+from tiger.files import atomic_path, changed_settings, write_json
 from tiger.manifest import Manifest, Row
 
 SETTINGS = "shards.json"
@@ -104,19 +104,21 @@ def members(data: Manifest, old: Row, new: Row) -> Iterator[tuple[str, bytes]]:
 
 def is_whole(path: Path) -> bool:
     """Whether a shard is there with its index, and as long as that says."""
-    index = shards.index_path(path)
-    return path.is_file() and index.is_file() and path.stat().st_size == read_json(index)["bytes"]
+    try:
+        return path.is_file() and path.stat().st_size == shards.read_index(path)["bytes"]
+    except InputError:
+        return False
 
 
 def damaged(data: Manifest) -> Iterator[str]:
     """What is wrong with the shards that a manifest's rows are in: those that are not what was written."""
     paths = {data.file(row, column) for row in data.rows for column in KINDS if getattr(row, column)}
     for path in sorted({path.parent for path in paths if shards.is_member(path)}):
-        index = shards.index_path(path)
-        if not index.is_file():
-            yield f"{path.name}: its index {index.name} is missing: copy both, or write the shards again"
-        elif sha256(path) != read_json(index)["sha256"]:
-            yield f"{path.name}: its SHA-256 is not that of its index: copy it again, or write the shards again"
+        try:
+            if sha256(path) != shards.read_index(path)["sha256"]:
+                yield f"{path.name}: its SHA-256 is not that of its index: copy it again, or write the shards again"
+        except InputError as error:
+            yield str(error)
 
 
 def sha256(path: Path) -> str:

@@ -87,6 +87,9 @@ def trainings(folder: Path) -> Iterator[Training]:
             split = config.get("split") or "train"
             noted = tuple(row for row in rows.rows if row.file_name in files)  # whatever split they are in now
             rows = replace(rows, rows=noted) if files else rows.select(split=split)
+        if not files and rows is None:
+            what = f"what {folder} was trained on is not checked: it did not note its files, and {data} is not here"
+            print(f"warning: {what}", file=sys.stderr)
         yield Training(files, rows)
         folder = Path(str(config.get("pretrained_model")))
 

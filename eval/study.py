@@ -145,10 +145,10 @@ def load(sources: Sources, classes: list[str], image_size: int) -> Data:
     images = {name: load_images(pool, image_size) for name, pool in pools.items()}
     kept_out = {split: sources.real.select(split=split) for split in ("valid", "test")}
     looked_at = {split: load_images(rows, image_size) for split, rows in kept_out.items()}
-    keys = {name: keys_of(of_pool) for name, of_pool in (images | looked_at).items()}
-    named = pools | kept_out
-    for name, split in (*itertools.product(pools, kept_out), ("valid", "test")):
-        refuse_copies(named[name], keys[name], named[split], keys[split])
+    keys, kept_out_keys = ({name: keys_of(of_one) for name, of_one in of.items()} for of in (images, looked_at))
+    for name, split in itertools.product(pools, kept_out):  # a synthetic set may be called "test"
+        refuse_copies(pools[name], keys[name], kept_out[split], kept_out_keys[split])
+    refuse_copies(kept_out["valid"], kept_out_keys["valid"], kept_out["test"], kept_out_keys["test"])
 
     def column(m: Manifest, value: str) -> np.ndarray:
         return np.array([getattr(row, value) or row.file_name for row in m.rows], dtype=str)

@@ -229,6 +229,15 @@ def test_images_of_12_bits_in_16_are_refused_and_mended_alike(folder: Folder, tm
     assert "dark_images" not in folder.found()
 
 
+def test_dark_images_are_not_taken_for_copies_of_each_other(folder: Folder, tmp_path: Path):
+    for i in range(6):  # 0 everywhere once divided by 257
+        Image.fromarray((picture(i) // 2).astype(np.uint16)).save(folder.root / f"images/{i}.png")
+    found = folder.found()
+    assert "dark_images" in found and not {"duplicate", "near_duplicate"} & set(found)
+    assert run(main, ["check", "--data_dir", folder.save(), "--fix", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert len(read(tmp_path / "out").rows) == 6
+
+
 def test_phash_is_imagehashs_reference():
     reference = Path(imagehash.__file__).parents[1] / "imagehash" / "tests" / "data" / "imagehash.png"
     gray = picture(3)

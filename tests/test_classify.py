@@ -339,6 +339,17 @@ def test_what_cannot_be_checked_is_said(folders: dict[str, Path], tmp_path: Path
     assert "so not checked: images/" in capsys.readouterr().err
 
 
+def test_a_generator_of_older_code_whose_data_are_gone_is_said(
+    folders: dict[str, Path], tmp_path: Path, capsys
+) -> None:
+    model = tmp_path / "coarse"
+    model.mkdir()
+    (model / "config.yaml").write_text("data_dir: gone\npretrained_model: base\n")
+    fake = spoil(folders["fake"], tmp_path / "older", lambda row: replace(row, model=f"{model}@0"))
+    classify.main(arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run"))
+    assert f"what {model} was trained on is not checked: it did not note its files" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", ["same", "copied", "base"])
 def test_a_generator_that_saw_test_rows_is_refused(folders: dict[str, Path], tmp_path: Path, how: str) -> None:
     """Its config.yaml names what it was trained on, or that of the model it started from does."""
@@ -422,6 +433,19 @@ def test_a_copy_of_a_test_image_is_refused(folders: dict[str, Path], tmp_path: P
         (real / "images" / f"{copy}.png").write_bytes((real / "images" / "P0070.png").read_bytes())
         with pytest.raises(InputError, match=f"also in test of .*: images/{copy}.png = images/P0070.png"):
             classify.main(arguments(folders | {"real": real}, tmp_path / "r.json", "--dry_run"))
+
+
+def test_a_synthetic_set_may_have_the_name_of_a_split(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Its images are still looked for among those of valid and test, and not those of the split among themselves."""
+    for name in ("valid", "test"):
+        named = [f"--fake={name}={folders['fake']}", "--arms", name, "--dry_run"]
+        classify.main(arguments(folders, tmp_path / "r.json", *named))
+    fake = tmp_path / "fake"
+    shutil.copytree(folders["fake"], fake)
+    row = manifest.read(fake).rows[0]
+    shutil.copy(folders["real"] / "images" / "P0070.png", fake / row.file_name)
+    with pytest.raises(InputError, match=f"{row.file_name} = images/P0070.png"):
+        classify.main(arguments(folders, tmp_path / "r.json", f"--fake=test={fake}", "--arms", "test", "--dry_run"))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Items, the order of rows, and the two caches."""
 
+import copy
 import json
 
 import numpy as np
@@ -140,6 +141,13 @@ def test_latents_are_encoded_once(rows, tmp_path):
     second = CountingVae()
     again = cache_latents(second.vae, TigerDataset(rows, SIDE), tmp_path)
     assert second.count == 0 and torch.equal(again[7], cache[7])
+
+
+def test_the_same_weights_that_do_other_things_are_another_model(text_encoder):
+    other = copy.deepcopy(text_encoder)
+    assert cache_module.model_key(other) == cache_module.model_key(text_encoder)
+    other.config.hidden_act = "relu"
+    assert cache_module.model_key(other) != cache_module.model_key(text_encoder)
 
 
 def test_a_cache_is_never_stale(rows, tmp_path):

@@ -200,6 +200,8 @@ def test_a_stopped_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest
         (lambda path: path.write_bytes(path.read_bytes()[:3000]), "ends before"),
         (lambda path: path.with_suffix(".json").unlink(), "its index shard-000001.json is missing"),
         (lambda path: shutil.copyfile(path.with_name("shard-000000.json"), path.with_suffix(".json")), "has no member"),
+        (lambda path: path.with_suffix(".json").write_text("{}"), "shard-000001.json: is damaged: copy it again"),
+        (lambda path: path.with_suffix(".json").write_bytes(b"\xff"), "shard-000001.json: is damaged: copy it again"),
         (lambda path: path.unlink(), "does not exist"),
     ],
 )
@@ -218,6 +220,11 @@ def test_check_knows_a_byte_that_changed(folder: Path, tmp_path: Path, capsys: p
     path.write_bytes(content)
     assert run(main, ["check", "--data_dir", str(tmp_path / "out"), "--stage", "coarse"]) == 2
     assert "shard-000002.tar: its SHA-256" in capsys.readouterr().out
+    path.with_suffix(".json").write_text("[")
+    assert run(main, ["check", "--data_dir", str(tmp_path / "out"), "--stage", "coarse"]) == 2
+    assert "shard-000002.json: is damaged" in capsys.readouterr().out
+    assert write(folder, tmp_path / "out") == 0  # made again
+    assert run(main, ["check", "--data_dir", str(tmp_path / "out"), "--stage", "coarse"]) == 0
 
 
 def test_nothing_is_written_where_a_file_is_missing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -20,6 +20,7 @@ from tiger.files import atomic_path
 
 SHARD_ROWS = 1024  # entries a file
 TENSOR = "entries"  # its name in a file
+DECIDES = ("hidden_act", "layer_norm_eps", "num_attention_heads")
 
 Encode = Callable[[Sequence[int]], torch.Tensor]  # positions -> (b, ...)
 
@@ -49,7 +50,7 @@ def cached(
     """Compute every entry that `folder` does not hold yet, and return all in the order of `keys`.
 
     Args:
-        keys: SHA-256 hex digests of what the entries are computed from.
+        keys: name what the entries are computed from; each begins with the hex digits of a hash of it.
         encode: positions in `keys` -> their entries, in the number format that is to be stored.
         rank, world, wait: with several processes each computes its share; `wait` lets them meet.
     """
@@ -89,7 +90,7 @@ def read_index(folder: Path) -> dict[str, tuple[Path, int]]:
             with safe_open(str(path), framework="pt") as file:
                 file.get_slice(TENSOR)
                 keys = json.loads(file.metadata()["keys"])
-        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
             print(f"warning: {path} is damaged and is made again: {error}", file=sys.stderr)
             path.unlink(missing_ok=True)
             continue
@@ -98,9 +99,14 @@ def read_index(folder: Path) -> dict[str, tuple[Path, int]]:
 
 
 def model_key(model: torch.nn.Module) -> str:
-    """Short hash of a model's weights, and of its configuration (not of transformers', which names versions)."""
-    settings = model.config if isinstance(model.config, Mapping) else {}
-    config = {key: value for key, value in settings.items() if not key.startswith("_")}
+    """Short hash of a model's weights and configuration.
+
+    Of transformers' configuration, which names versions, only what decides what the weights do.
+    """
+    if isinstance(model.config, Mapping):  # diffusers'
+        config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    else:
+        config = {key: getattr(model.config, key, None) for key in DECIDES}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -71,8 +71,8 @@ class TrainConfig:
         push_to_hub: upload the finished model to a private repository on huggingface.co
         hub_model_id: that repository, as user/name; default: the output folder's name
         cache_dir: where encoded images and prompts are kept, shareable between runs; default: output_dir/cache
-        text_cache_size: distinct prompts whose embeddings are kept while the text encoder is frozen (0.3 MB each at the
-            width of SD-2.1); further ones are encoded whenever they come
+        text_cache_size: distinct prompts whose embeddings are kept on disk while the text encoder is frozen (0.3 MB
+            each at the width of SD-2.1); of further ones as many again are kept in memory
         dataloader_num_workers: processes that read ahead; 0: none
         gradient_checkpointing: keep fewer activations and compute them again: less memory, about a third more time
         use_8bit_adam: keep AdamW's moments in 8 bits, a quarter of their memory; needs bitsandbytes

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import importlib.util
+import json
 import math
 import os
 import sys
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from tiger.stage import Stage
 
 GOOD_MFU = 0.3  # of the device's peak, reached by MLPerf's record for Stable Diffusion
-CPU_SHARE = 0.8  # of what matrix products reach, where the peak is unknown (benchmarks/RESULTS.md)
+CPU_SHARE = 0.8  # of what matrix products reach, where the peak is unknown: the embedded base on one core of a CPU
 MAX_TOKENS = 77  # of CLIP's text encoder, begin and end included
 PATIENCE = timedelta(hours=2)  # of processes while one encodes, draws or writes longer than the others
 MakeStage = Callable[[Any, Components, list[dict[str, Any]], Knowledge, "Accelerator"], "Stage"]
@@ -101,7 +102,8 @@ def launch(
         if peak := flops.peak(accelerator.device, accelerator.mixed_precision != "no"):
             speed, basis = GOOD_MFU * peak, f"{GOOD_MFU:.0%} of the devices' peak"
         else:
-            speed, basis = CPU_SHARE * flops.product_rate(accelerator.device), "the speed of matrix products here"
+            speed = CPU_SHARE * flops.product_rate(accelerator.device)
+            basis = f"{CPU_SHARE:.0%} of the speed of matrix products here"
         print(summary(config, train_rows, stage, components, resolution, steps, work, speed, basis), flush=True)
     if config.dry_run:
         return
@@ -308,7 +310,9 @@ def fingerprint(components: Components, dataset: "TigerDataset", knowledge: Know
         for row in dataset.rows
     ]
     named: dict[str, Any] = {"pretrained_model": base, "training rows": rows, "images": dataset.contents}
-    named["tokenizer"] = sorted(components.tokenizer.get_vocab().items()), components.tokenizer.pad_token
+    tokenizer = json.loads(components.tokenizer.backend_tokenizer.to_str())  # its padding is of the last call: left out
+    named["tokenizer"] = [tokenizer[part] for part in ("normalizer", "pre_tokenizer", "model")]
+    named["tokenizer"].append(components.tokenizer.pad_token)
     if dataset.with_conditions:  # terms are weighted
         named["masks"], named["edge maps"] = (dataset.hashes(column) for column in ("condition_fg", "condition_bg"))
         texts = dict.fromkeys(row.text_fg for row in dataset.rows)

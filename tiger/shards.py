@@ -8,6 +8,7 @@ itself, in any order and by any process: nothing is unpacked, and nothing is shu
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 from tiger.errors import InputError
 from tiger.files import read_json
@@ -40,10 +41,7 @@ class _Shard:
     """An open tar file, which processes that are forked and threads can share: reading moves no common position."""
 
     def __init__(self, path: Path):
-        index = index_path(path)
-        if not index.is_file():
-            raise InputError(f"{path}: its index {index.name} is missing: copy both, or write the shards again")
-        self.path, self.members = path, read_json(index)["members"]
+        self.path, self.members = path, read_index(path)["members"]
         self.descriptor = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
@@ -69,3 +67,15 @@ _shard = functools.lru_cache(maxsize=KEPT_OPEN)(_Shard)
 def index_path(shard: Path) -> Path:
     """Where the index of a shard lies."""
     return shard.with_suffix(".json")
+
+
+def read_index(shard: Path) -> dict[str, Any]:
+    """A shard's bytes, sha256 and members, name -> (first byte, length). Raises InputError where it is damaged."""
+    index = index_path(shard)
+    if not index.is_file():
+        raise InputError(f"{shard}: its index {index.name} is missing: copy both, or write the shards again")
+    try:
+        found = read_json(index)
+        return {name: found[name] for name in ("bytes", "sha256", "members")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{index}: is damaged: copy it again, or write the shards again") from error
