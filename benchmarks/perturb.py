@@ -16,7 +16,7 @@ import yaml
 
 from tiger.errors import InputError, run
 from tiger.files import atomic_path
-from tiger.knowledge import KNOWLEDGE_DIR, Knowledge
+from tiger.knowledge import Knowledge, knowledge_path
 
 
 def perturbed(base: dict[str, Any], by: float, rng: np.random.Generator) -> dict[str, Any]:
@@ -44,9 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 <= args.by < 1:
         raise InputError(f"--by {args.by}: must be at least 0 and below 1")
     Knowledge.load(args.knowledge)  # names the line where the file is wrong
-    path = Path(args.knowledge)
-    path = path if path.suffix in (".yaml", ".yml") else KNOWLEDGE_DIR / f"{args.knowledge}.yaml"
-    base = perturbed(yaml.safe_load(path.read_text(encoding="utf-8")), args.by, np.random.default_rng(args.seed))
+    base = yaml.safe_load(knowledge_path(args.knowledge).read_text(encoding="utf-8"))
+    base = perturbed(base, args.by, np.random.default_rng(args.seed))
     with atomic_path(args.output) as temporary:
         text = yaml.safe_dump(base, sort_keys=False, allow_unicode=True, width=120)
         temporary.write_text(text, encoding="utf-8")

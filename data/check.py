@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import shards
 from data.duplicates import near_pairs, perceptual_hash, same_picture, thumbnail
 from tiger import manifest
-from tiger.conditions import WHITE, brightest, to_gray, white_level
+from tiger.conditions import WHITE, brightest, to_gray_alone, white_level
 from tiger.knowledge import Knowledge
 from tiger.manifest import SPLITS, Manifest, Problem, Row, Siblings, unit_of
 
@@ -198,7 +198,7 @@ def look_at(row: Row, root: Path, knowledge: Knowledge, fine: bool, siblings: Si
     if "file_name" not in images:
         return Look(problems, parsed.unknown, impossible)
     # By its own bits: with 65535 as white a dark set's images are nearly black, so that all would look alike.
-    gray = to_gray(images["file_name"], white_level([brightest(images["file_name"])]))
+    gray = to_gray_alone(images["file_name"])
     digest = hashlib.blake2b(gray.tobytes() + repr(gray.shape).encode(), digest_size=16).digest()
     return Look(
         problems, parsed.unknown, impossible, digest, perceptual_hash(gray), thumbnail(gray).tobytes(),

@@ -17,7 +17,17 @@ from tqdm import tqdm
 from data.check import Report
 from data.sources.writer import write_png
 from tiger import manifest, shards
-from tiger.conditions import WHITE, Gray, binarize, brightest, open_image, remove_bars, sobel_map, to_gray, white_level
+from tiger.conditions import (
+    WHITE,
+    Gray,
+    binarize,
+    brightest,
+    open_image,
+    remove_bars,
+    sobel_map,
+    to_gray,
+    to_gray_alone,
+)
 from tiger.errors import InputError
 from tiger.files import atomic_path, write_json
 from tiger.knowledge import Knowledge
@@ -199,8 +209,7 @@ def mend_image(row: Row, root: Path, output_dir: Path, siblings: Siblings, white
 
 def mend_mask(name: str, shape: tuple[int, ...], root: Path, siblings: Siblings, done: list[str]) -> Gray:
     """The mask in 0 and 255, without bars, as large as the image."""
-    image = opened(name, root, siblings, done)[1]
-    mask = to_gray(image, white_level([brightest(image)]))
+    mask = to_gray_alone(opened(name, root, siblings, done)[1])
     if mask.max(initial=0) == 1:
         done.append(f"{name} held 0 and 1, holds 0 and 255 now")
         mask = mask * np.uint8(255)

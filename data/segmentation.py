@@ -159,8 +159,7 @@ def train(
 def read_split(data_dir: str) -> Manifest:
     """A data set whose scores mean something. Raises InputError where a patient is in two splits."""
     data = manifest.read(data_dir)
-    if problems := manifest.straddling_patients(data.rows):
-        raise InputError("\n  ".join([f"{data.path}: {len(problems)} problems:", *problems]))
+    manifest.refuse(data.path, manifest.straddling_patients(data.rows))
     return data
 
 

@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     output = check_arguments(args)
     every, fake = read_split(args.real, None, synthetic=False), read_split(args.fake, None, synthetic=True)
-    refuse_leakage(every, fake)
+    refuse_leakage(every, [fake])
     train, real = select_split(every, "train"), select_split(every, "valid")
     if args.dry_run:
         print(f"{len(fake.rows)} generated images, bounds from {len(real.rows)} real ones: fine; nothing scored")

@@ -1,8 +1,9 @@
 """What must never be in a test: synthetic images, sources of synthetic ones, patients or pictures seen in training."""
 
+import functools
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tiger.errors import InputError
 from tiger.files import read_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row, straddling_patients
-from tiger.shards import exists, read_bytes
+from tiger.shards import content_hash, exists
 
 
 def held_out(manifest: Manifest) -> list[Row]:
@@ -24,18 +25,23 @@ def held_out(manifest: Manifest) -> list[Row]:
     return [row for row in manifest.rows if row.split in ("valid", "test")]
 
 
-def refuse_leakage(real: Manifest, fake: Manifest, extra: Manifest | None = None) -> None:
+def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | None = None) -> None:
     """Raise one InputError that names the rows by which held-out data could reach a training."""
     problems = [
         _problem(real, "synthetic rows; give them as --fake", (row for row in real.rows if row.synthetic)),
         _problem(real, "derived_from in valid or test", (row for row in held_out(real) if row.derived_from)),
-        _problem(fake, "rows not marked synthetic", (row for row in fake.rows if not row.synthetic)),
     ]
-    kept_out = {row.file_name for row in held_out(real)}
-    made_from = (row for row in fake.rows if kept_out.intersection(row.derived_from))
-    problems.append(_problem(fake, f"rows derived from valid or test images of {real.path}", made_from))
     problems += [f"{real.path}: {problem}" for problem in straddling_patients(real.rows)]
-    problems += [trained_on(real, folder) for folder in generators(fake)]
+    kept_out = {row.file_name for row in held_out(real)}
+    for fake in fakes:
+        made_from = (row for row in fake.rows if kept_out.intersection(row.derived_from))
+        problems += [
+            _problem(fake, "rows not marked synthetic", (row for row in fake.rows if not row.synthetic)),
+            _problem(fake, f"rows derived from valid or test images of {real.path}", made_from),
+        ]
+    hash_of = functools.cache(lambda name: _hash_if_there(real.root / name))  # for all stages of all generators
+    for folder in dict.fromkeys(folder for fake in fakes for folder in generators(fake)):
+        problems.append(trained_on(real, folder, hash_of))
     if extra is not None:
         patients = {row.patient_id for row in held_out(real)} - {None}
         problems.append(_problem(extra, "synthetic rows", (row for row in extra.rows if row.synthetic)))
@@ -45,9 +51,10 @@ def refuse_leakage(real: Manifest, fake: Manifest, extra: Manifest | None = None
     if found:
         raise InputError("; ".join(found))
     known = {row.file_name for row in real.rows}  # another copy of the data set, such as its shards, has other names
-    if strange := [row.file_name for row in fake.rows if set(row.derived_from) - known]:
-        what = f"derived from images that {real.path} does not name, so not checked: {name_rows(strange)}"
-        print(f"warning: {fake.path}: {what}", file=sys.stderr)
+    for fake in fakes:
+        if strange := [row.file_name for row in fake.rows if set(row.derived_from) - known]:
+            what = f"derived from images that {real.path} does not name, so not checked: {name_rows(strange)}"
+            print(f"warning: {fake.path}: {what}", file=sys.stderr)
 
 
 def _problem(manifest: Manifest, what: str, rows: Iterable[Row]) -> str | None:
@@ -94,11 +101,11 @@ def trainings(folder: Path) -> Iterator[Training]:
         folder = Path(str(config.get("pretrained_model")))
 
 
-def seen_rows(real: Manifest, training: Training) -> list[Row]:
+def seen_rows(real: Manifest, training: Training, hash_of: Callable[[str], str]) -> list[Row]:
     """The real rows that a generator was trained on: files of the same content, the same names, or the same pixels
     under other names."""
     hashes, rows = set(training.files.values()), training.rows
-    seen = [row for row in real.rows if hashes and _file_hash(real, row) in hashes]
+    seen = [row for row in real.rows if hashes and hash_of(row.file_name) in hashes]
     if rows is None:
         return seen
     if rows.root.resolve() == real.root.resolve():
@@ -107,10 +114,13 @@ def seen_rows(real: Manifest, training: Training) -> list[Row]:
     return seen + [row for row in real.rows if _digest(load_native(real, row)) in pixels]
 
 
-def trained_on(real: Manifest, generator: Path) -> str | None:
-    """What is wrong where a generator has seen a held-out image, its patient, or a copy of it elsewhere."""
+def trained_on(real: Manifest, generator: Path, hash_of: Callable[[str], str]) -> str | None:
+    """What is wrong where a generator has seen a held-out image, its patient, or a copy of it elsewhere.
+
+    hash_of: name of a file of `real` -> its content_hash.
+    """
     for training in trainings(generator):
-        seen = seen_rows(real, training)
+        seen = seen_rows(real, training, hash_of)
         names, patients = {row.file_name for row in seen}, {row.patient_id for row in seen} - {None}
         found = [row for row in held_out(real) if row.file_name in names or row.patient_id in patients]
         if found:
@@ -138,7 +148,5 @@ def _digest(image: np.ndarray) -> bytes:
     return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
 
 
-def _file_hash(manifest: Manifest, row: Row) -> str:
-    """As tiger.dataset.TigerDataset.hashes has it, whose import takes PyTorch."""
-    path = manifest.file(row, "file_name")
-    return hashlib.sha256(read_bytes(path)).hexdigest()[:32] if exists(path) else ""  # who reads it says that it lacks
+def _hash_if_there(path: Path) -> str:
+    return content_hash(path) if exists(path) else ""  # who reads it says that it lacks

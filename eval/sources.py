@@ -55,10 +55,7 @@ def read_sources(args: argparse.Namespace, fold: int | None) -> Sources:
     extra = read(args.extra_real).select(split="train") if args.extra_real else None
     sources = Sources(real, fakes, extra)
     refuse_unlabelled(sources)
-    for fake in fakes.values():
-        leakage.refuse_leakage(real, fake, extra)
-    if not fakes:
-        leakage.refuse_leakage(real, Manifest(real.path, ()), extra)
+    leakage.refuse_leakage(real, list(fakes.values()), extra)
     return sources
 
 

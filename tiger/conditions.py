@@ -90,6 +90,11 @@ def white_level(highest: Iterable[int]) -> int:
     return next(white for white in (1, 255, 1023, 4095, 16383, WHITE) if top <= white)
 
 
+def to_gray_alone(image: Image.Image) -> Gray:
+    """`to_gray` by the bits that this image alone needs: for masks, and for comparing pictures whatever their depth."""
+    return to_gray(image, white_level([brightest(image)]))
+
+
 def _to_uint8(values: NDArray[Any]) -> Gray:
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 

@@ -1,7 +1,6 @@
 """Manifest rows as tensors, the order they are trained in, and their latents."""
 
 import functools
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -117,7 +116,7 @@ class TigerDataset(Dataset[dict[str, Any]]):
     def hashes(self, column: str) -> list[str]:
         """Half the SHA-256 of each row's file of a column, 32 hex digits, whether it lies in a folder or in a shard."""
         files = (self.manifest.file(row, column) for row in self.rows)
-        return [hashlib.sha256(shards.read_bytes(path)).hexdigest()[:32] for path in files]
+        return [shards.content_hash(path) for path in files]
 
     def weights(self, balance: float) -> np.ndarray | None:
         """Drawing probability of each item ∝ (count of its class)^-balance; None when all are equal."""

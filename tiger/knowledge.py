@@ -125,6 +125,12 @@ class _Meaning:
     absent: bool = False  # the text says that it is not there
 
 
+def knowledge_path(name_or_path: str | Path) -> Path:
+    """The YAML file of a name in configs/knowledge, or that which a path names."""
+    path = Path(name_or_path)
+    return path if path.suffix in (".yaml", ".yml") else KNOWLEDGE_DIR / f"{name_or_path}.yaml"
+
+
 @dataclass(frozen=True, eq=False)
 class Knowledge:
     """The vocabulary of one organ. Build it with `Knowledge.load`."""
@@ -145,9 +151,7 @@ class Knowledge:
 
         Raises InputError naming file and line when the file does not hold a complete, consistent knowledge base.
         """
-        path = Path(name_or_path)
-        if path.suffix not in (".yaml", ".yml"):
-            path = KNOWLEDGE_DIR / f"{name_or_path}.yaml"
+        path = knowledge_path(name_or_path)
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in KNOWLEDGE_DIR.glob("*.yaml")))
             raise InputError(f"knowledge base {name_or_path!r}: no file {path}. Known: {known}, or give a .yaml file")

@@ -122,7 +122,7 @@ def read(data_dir: str | Path, knowledge: Knowledge | None = None) -> Manifest:
     Raises one InputError that lists every bad line: JSON, columns, types, paths that leave the folder.
     """
     manifest, problems = scan(data_dir, knowledge)
-    _raise(manifest.path, problems)
+    refuse(manifest.path, problems)
     return manifest
 
 
@@ -288,7 +288,7 @@ def column_problem(column: str, value: Any) -> str | None:
     return _COLUMN_CHECKS[column](value)
 
 
-def _raise(path: Path, problems: Sequence[str]) -> None:
+def refuse(path: Path, problems: Sequence[str]) -> None:
     """One InputError for all problems, or nothing."""
     if len(problems) == 1:
         raise InputError(f"{path}: {problems[0]}")
@@ -328,7 +328,7 @@ def check(
     rows = {row.file_name: row for row in manifest.rows}  # a caller may show some rows twice
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
         problems = [problem for found in pool.map(problems_of, rows.values()) for problem in found]
-    _raise(manifest.path, [*problems, *straddling_patients(manifest.rows), *dark_images(highest, manifest.root)])
+    refuse(manifest.path, [*problems, *straddling_patients(manifest.rows), *dark_images(highest, manifest.root)])
 
 
 def dark_images(highest: Iterable[int], root: Path) -> Iterator[str]:

@@ -6,7 +6,6 @@ mask, edges = draw_conditions(recipe, train, 512, refine=False)
 """
 
 import functools
-import hashlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -333,7 +332,7 @@ def content_index(held_out: Manifest, train: Manifest) -> dict[tuple[str, str], 
     by_size: dict[int, list[tuple[Row, Path]]] = {}
     for row, _, path in files(held_out):
         by_size.setdefault(shards.file_size(path), []).append((row, path))
-    digest = functools.lru_cache(maxsize=None)(lambda path: hashlib.sha256(shards.read_bytes(path)).digest())
+    digest = functools.cache(shards.content_hash)
     return {
         (row.file_name, column): other
         for row, column, path in files(train)

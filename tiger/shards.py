@@ -6,6 +6,7 @@ itself, in any order and by any process: nothing is unpacked, and nothing is shu
 """
 
 import functools
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ def exists(path: Path) -> bool:
 def read_bytes(path: Path) -> bytes:
     """The content of a file in a folder or in a shard. Raises InputError where a shard or its index is damaged."""
     return _shard(path.parent).read(path.name) if is_member(path) else path.read_bytes()
+
+
+def content_hash(path: Path) -> str:
+    """32 hex digits that stand for what a file holds, by which copies are known and caches are never stale."""
+    return hashlib.sha256(read_bytes(path)).hexdigest()[:32]
 
 
 def file_size(path: Path) -> int:

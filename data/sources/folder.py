@@ -23,7 +23,17 @@ from tqdm import tqdm
 
 from data.sources.tables import PICTURES, Names, Record, read_table
 from data.sources.writer import collect_rows, write_case, write_png
-from tiger.conditions import Gray, binarize, brightest, decode, open_image, resize_mask, to_gray, white_level
+from tiger.conditions import (
+    Gray,
+    binarize,
+    brightest,
+    decode,
+    open_image,
+    resize_mask,
+    to_gray,
+    to_gray_alone,
+    white_level,
+)
 from tiger.errors import InputError
 from tiger.knowledge import Knowledge
 from tiger.manifest import Row, column_problem
@@ -129,8 +139,7 @@ def picture(cell: Picture, input_dir: Path) -> Image.Image:
 
 def mask_of(cell: Picture, input_dir: Path) -> Gray:
     """A mask in 0 and 255, whatever the bits of its file."""
-    image = picture(cell, input_dir)
-    return binarize(to_gray(image, white_level([brightest(image)])))
+    return binarize(to_gray_alone(picture(cell, input_dir)))
 
 
 def brightest_of(record: Record, input_dir: Path) -> int:
