@@ -4,6 +4,7 @@ python -m data.prepare phantom --output_dir runs/phantom --count 64 --seed 3    
 python -m data.prepare build --source breast --input BrEaST --output_dir runs/breast --size 256
 python -m data.prepare check --data_dir runs/breast --knowledge breast --output report.json
 python -m data.prepare split --data_dir mine --seed 0
+python -m data.prepare subsample --data_dir mine --most malignant=20
 python -m data.prepare conditions --data_dir mine
 python -m data.prepare shards --data_dir mine --output_dir /archive/mine
 """
@@ -26,7 +27,7 @@ from data.maps import make_maps
 from data.mend import mend
 from data.shards import write_shards
 from data.sources import breast, busi, chexpert, folder, isic, tiger_thyroid, vindr_pcxr
-from data.split import assign_folds, missing_classes, refuse_leaks, share_problem
+from data.split import assign_folds, keep_at_most, missing_classes, refuse_leaks, share_problem
 from tiger import manifest
 from tiger.errors import InputError, run
 from tiger.files import atomic_path, write_json
@@ -123,6 +124,17 @@ def split(args: argparse.Namespace) -> None:
         if not args.dry_run:
             manifest.write(path, rows)
         report(Manifest(path, rows), args.dry_run)
+
+
+def subsample(args: argparse.Namespace) -> None:
+    """Make classes rare: manifests beside the old one, with fewer training patients, and with those left out."""
+    data = manifest.read(args.data_dir, Knowledge.load(args.knowledge))
+    kept, rest = keep_at_most(data.rows, dict(args.most), args.seed)
+    for name, rows in ((args.name, kept), (f"{args.name}_rest", rest)):
+        done = Manifest(data.root / f"{name}.jsonl", rows)
+        if not args.dry_run:
+            manifest.write(done.path, rows)
+        report(done, args.dry_run)
 
 
 def files_of(data: Manifest) -> list[str]:
@@ -231,6 +243,12 @@ def pair(text: str) -> tuple[str, str]:
     return name, value
 
 
+def count(text: str) -> tuple[str, int]:
+    """label=20"""
+    name, value = pair(text)
+    return name, positive(value)
+
+
 def pairs(text: str) -> list[tuple[str, str]]:
     """a=b,c=d"""
     return [pair(part) for part in re.split(r",(?=\w+=)", text)]
@@ -300,6 +318,16 @@ def parser() -> argparse.ArgumentParser:
                      help="shares of the patients")  # fmt: skip
     sub.add_argument("--folds", type=positive, help="write fold0.jsonl … instead: each part of the patients is the "
                      "test of one fold, the next part its valid; None: one split by --fractions")  # fmt: skip
+    dry_run(sub)
+
+    sub = command(subsample, "subsample")
+    data_dir(sub)
+    sub.add_argument("--most", nargs="+", type=count, required=True, metavar="LABEL=IMAGES",
+                     help="training images of a class that stay at most, whole patients of them")  # fmt: skip
+    sub.add_argument("--seed", type=int, default=0, help="another seed, other patients")
+    sub.add_argument(
+        "--name", default="subsample", help="NAME.jsonl and NAME_rest.jsonl are written beside the manifest"
+    )
     dry_run(sub)
 
     sub = command(conditions, "conditions")

@@ -1,14 +1,19 @@
-"""Splits by patient: train, valid and test, or k folds, each class in each of them, or a word on why not.
+"""Splits by patient: train, valid and test, or k folds, each class in each of them, or a word on why not; and classes
+made rare.
 
     python -m data.prepare split --data_dir mine --seed 0
-    python -m data.prepare split --data_dir mine --folds 5      # mine/fold0.jsonl … mine/fold4.jsonl
+    python -m data.prepare split --data_dir mine --folds 5                  # mine/fold0.jsonl … mine/fold4.jsonl
+    python -m data.prepare subsample --data_dir mine --most malignant=20    # mine/subsample{,_rest}.jsonl
 
 A fold's manifest lies beside the images and is a data set of its own: `--data_dir mine/fold0.jsonl`. Its test is one
 part of the patients, its valid the next part, its train the rest, so every patient is in the test of exactly one fold.
+
+A subsample has fewer training patients of some classes, for what-ifs: how would all this do with 20 images of a
+class? The rest is a data set too: the further real images of `python -m eval.classify --extra_real`.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -57,6 +62,41 @@ def assign_folds(rows: Sequence[Row], folds: int, seed: int) -> list[tuple[Row, 
         return {0: "test", 1: "valid"}.get(ahead, "train")
 
     return [tuple(replace(row, split=split_in(fold, row)) for row in rows) for fold in range(folds)]
+
+
+def keep_at_most(rows: Sequence[Row], most: Mapping[str, int], seed: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """The rows with at most so many training images of some classes, and the training rows that are left out for it.
+
+    Whole patients stay, in a random order of each class until one does not fit; a patient who has such a class and
+    another one stays or goes with all images. A smaller number keeps a part of what a larger one keeps, whatever the
+    order of the rows.
+
+    Args:
+        most: class -> images, at least 1.
+    Raises InputError on a class without training rows, on a first patient with more images than that, and on synthetic
+    rows, which may show what is left out.
+    """
+    if made := [row.file_name for row in rows if row.synthetic]:
+        raise InputError(
+            f"{len(made)} rows are synthetic, such as {made[0]}: subsample the real images, then generate anew"
+        )
+    train = [row for row in rows if row.split in ("train", None)]
+    dropped: set[str] = set()
+    for label, number in most.items():
+        images = Counter(unit_of(row) for row in train if row.label == label)
+        if not images:
+            raise InputError(f"--most {label}={number}: no training rows of that class")
+        members = sorted(images)
+        order = np.random.default_rng((seed, *label.encode())).permutation(len(members))
+        sums = np.cumsum([images[members[index]] for index in order])
+        fit = int(np.searchsorted(sums, number, side="right"))
+        if not fit:
+            raise InputError(
+                f"--most {label}={number}: its first patient has {sums[0]} images, and patients stay whole"
+            )
+        dropped |= {members[index] for index in order[fit:]}
+    out = {row.file_name for row in train if unit_of(row) in dropped}
+    return tuple(row for row in rows if row.file_name not in out), tuple(row for row in rows if row.file_name in out)
 
 
 def refuse_leaks(rows: Iterable[Row], where: object) -> None:

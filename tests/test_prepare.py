@@ -223,6 +223,21 @@ def test_folds_are_data_sets_beside_the_images(images: Path, capsys: pytest.Capt
     assert "to the number of patients, 6" in capsys.readouterr().err
 
 
+def test_subsamples_are_data_sets_beside_the_images(images: Path, capsys: pytest.CaptureFixture[str]):
+    before = (images / "metadata.jsonl").read_bytes()
+    label = str(read(images).rows[0].label)
+    arguments = ["subsample", "--data_dir", str(images), "--name", "few", "--most", f"{label}=2"]
+    assert run(main, [*arguments, "--dry_run"]) == 0 and not (images / "few.jsonl").exists()
+    assert run(main, arguments) == 0
+    kept, rest = (read(images / f"{name}.jsonl") for name in ("few", "few_rest"))
+    check(kept, conditions=False)
+    assert sum(row.label == label for row in kept.rows) == 2
+    assert {row.file_name for row in (*kept.rows, *rest.rows)} == {row.file_name for row in read(images).rows}
+    assert (images / "metadata.jsonl").read_bytes() == before
+    assert run(main, ["subsample", "--data_dir", str(images), "--most", f"{label}=1"]) == 2
+    assert "its first patient has 2 images" in capsys.readouterr().err
+
+
 def test_split_refuses_synthetic_rows_of_held_out_images(images: Path, capsys: pytest.CaptureFixture[str]):
     row = {"text_fg": "benign", "text_bg": "sonogram", "label": "benign", "synthetic": True}
     with open(images / "metadata.jsonl", "a", encoding="utf-8") as file:

@@ -1,11 +1,12 @@
 """Folds by patient: every class in each of them, or a word on why not."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from data.split import assign_folds, missing_classes
+from data.split import assign_folds, keep_at_most, missing_classes
 from tiger.errors import InputError
 from tiger.manifest import Row
 
@@ -67,3 +68,45 @@ def test_what_cannot_be_is_told_and_synthetic_rows_are_always_train():
         assign_folds(rows, 2, seed=0)
     with pytest.raises(InputError, match="number of patients, 11"):
         assign_folds(rows, 12, seed=0)
+
+
+def trained(counts: dict[str, int], images: int = 2) -> list[Row]:
+    return [replace(row, split="train") for row in patients(counts, images)]
+
+
+def test_a_subsample_keeps_whole_patients_and_smaller_ones_lie_in_larger_ones():
+    rows = trained({"benign": 9, "MTC": 8})
+    rows += [
+        replace(row, file_name=f"test-{row.file_name}", patient_id=f"t{row.patient_id}", split="test") for row in rows
+    ]
+    before: set[str] = set()
+    for most, left in ((2, 2), (5, 4), (16, 16), (100, 16)):
+        kept, rest = keep_at_most(rows, {"MTC": most}, seed=3)
+        of_class = {row.file_name for row in kept if row.label == "MTC" and row.split == "train"}
+        assert len(of_class) == left and before <= of_class
+        assert {row.patient_id for row in kept}.isdisjoint(row.patient_id for row in rest)
+        assert all(row.label == "MTC" and row.split == "train" for row in rest)
+        assert sorted(row.file_name for row in (*kept, *rest)) == sorted(row.file_name for row in rows)
+        assert keep_at_most(rows[::-1], {"MTC": most}, seed=3)[0] == kept[::-1]
+        before = of_class
+    fours = [keep_at_most(rows, {"MTC": 4}, seed=seed) for seed in range(5)]
+    assert any(one != fours[0] for one in fours)
+    kept, _ = keep_at_most(rows, {"MTC": 4, "benign": 6}, seed=0)
+    assert [sum(row.label == label and row.split == "train" for row in kept) for label in ("MTC", "benign")] == [4, 6]
+
+
+def test_a_patient_of_two_classes_goes_with_all_images():
+    rows = trained({"benign": 3, "MTC": 6}, images=1)
+    rows += [Row(f"other{i}.png", "x", "y", label="benign", patient_id=f"MTC{i}") for i in range(6)]  # no split: train
+    kept, rest = keep_at_most(rows, {"MTC": 2}, seed=0)
+    assert len(kept) == 3 + 2 + 2 and len(rest) == 8
+
+
+def test_what_cannot_be_subsampled_is_told():
+    rows = trained({"benign": 3, "MTC": 4})
+    with pytest.raises(InputError, match="--most FTC=2: no training rows"):
+        keep_at_most(rows, {"FTC": 2}, seed=0)
+    with pytest.raises(InputError, match="its first patient has 2 images"):
+        keep_at_most(rows, {"MTC": 1}, seed=0)
+    with pytest.raises(InputError, match="1 rows are synthetic, such as s.png"):
+        keep_at_most([*rows, Row("s.png", "x", "y", label="MTC", synthetic=True)], {"MTC": 2}, seed=0)
