@@ -1,58 +1,79 @@
 #!/usr/bin/env bash
 # The evidence on the phantom: does it help, against what, and how surely? Three generators, every arm, five classifier
-# seeds; hours on 2 cores. Any command that was interrupted goes on where it was; run it again.
+# seeds; then how much it depends on the numbers of synthetic and real images, and on what the generator was trained
+# on. Hours on 2 cores. Any command that was interrupted goes on where it was; run it again.
 #
-#   bash benchmarks/study.sh                         # → runs/study/classify/report.json and runs/study/tables
+#   bash benchmarks/study.sh                         # → runs/study/classify/*.json and runs/study/tables
 #   bash benchmarks/study.sh runs/another
 #   SHARD=1/2 bash benchmarks/study.sh               # a second process takes its half of the classifiers (the other: 0/2)
 #
 # Start a second process once all images are drawn: what comes before the classifiers is for one process.
 #
-# 24 training images of each rare class, 2,400 test images. The share of synthetic images (half) and their number were
-# chosen on the quickstart's data, which are others.
+# 24 training images of each rare class, 2,400 test images. The share of synthetic images (nine in ten) and their number
+# were chosen on the quickstart's data, which are others.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly R=${1:-runs/study}
-readonly COUNT=benign=400,PTC=400,FTC=400,MTC=400
 bash setup.sh
 PATH="$PWD/.venv/bin:$PATH"
 
 python -m data.prepare phantom --output_dir "$R/data" --preset study --count 1200 --seed 5
 python -m data.prepare phantom --output_dir "$R/extra" --preset balanced --count 2000 --seed 6
 
-train() { # train SCRIPT CONFIG BASE OUTPUT SEED FLAGS...
-    bash "$1" --config "configs/$2-tiny.yaml" --data_dir "$R/data" --cache_dir "$R/cache" \
-        --pretrained_model "$3" --output_dir "$4" --seed "$5" "${@:6}"
+train() { # train STAGE DATA BASE OUTPUT SEED FLAGS...
+    bash "$1.sh" --config "configs/$1-tiny.yaml" --data_dir "$R/$2" --pretrained_model "$3" --output_dir "$R/$4" \
+        --cache_dir "$R/cache" --max_train_steps 1000 --seed "$5" "${@:6}"
 }
-generate() { # generate MODEL OUTPUT SEED FLAGS...
-    python generation.py --model "$R/$1" --data_dir "$R/data" --output_dir "$R/$2" --count $COUNT --steps 6 \
-        --scheduler dpmsolver++ --guidance_scale 2 --batch_size 25 --seed "$3" "${@:4}"
+generate() { # generate MODEL DATA IMAGES OUTPUT SEED FLAGS...: so many images of each class
+    python generation.py --model "$R/$1" --data_dir "$R/$2" --count "benign=$3,PTC=$3,FTC=$3,MTC=$3" \
+        --output_dir "$R/$4" --steps 6 --scheduler dpmsolver++ --guidance_scale 2 --batch_size 25 --seed "$5" "${@:6}"
 }
 
 sets=()
 for seed in 0 1 2; do
-    train pretrain.sh pretrain assets/tiny-base "$R/coarse$seed" "$seed" --max_train_steps 1000
-    train finetune.sh finetune "$R/coarse$seed" "$R/fine$seed" "$seed" --max_train_steps 1000
+    train pretrain data assets/tiny-base "coarse$seed" "$seed"
+    train finetune data "$R/coarse$seed" "fine$seed" "$seed"
     # Stable Diffusion with one ControlNet, of the mask: no second encoder, no fusion, no term weights.
-    train finetune.sh finetune "$R/coarse$seed" "$R/controlnet$seed" "$seed" --max_train_steps 1000 \
+    train finetune data "$R/coarse$seed" "controlnet$seed" "$seed" \
         --term_weighting off --fusion sum --bg_dropout 0.999 --fg_dropout 0
-    generate "fine$seed" "tiger_f$seed" "$seed"
-    generate "fine$seed" "tiger_n$seed" "$seed" --prompts names
-    generate "fine$seed" "coarse_images$seed" "$seed" --fg_scale 0 --bg_scale 0 # the coarse U-Net alone
-    generate "controlnet$seed" "sd_controlnet$seed" "$seed" --branches fg
+    generate "fine$seed" data 400 "tiger_f$seed" "$seed"
+    generate "fine$seed" data 400 "tiger_n$seed" "$seed" --prompts names
+    generate "fine$seed" data 400 "coarse_images$seed" "$seed" --fg_scale 0 --bg_scale 0 # the coarse U-Net alone
+    generate "controlnet$seed" data 400 "sd_controlnet$seed" "$seed" --branches fg
     for arm in tiger_f tiger_n sd_controlnet; do sets+=("${arm}_$seed=$R/$arm$seed"); done
     sets+=("coarse_$seed=$R/coarse_images$seed")
 done
 for seed in 0 1; do # what if the knowledge base's frequencies were wrong by up to 30 %?
     python -m benchmarks.perturb --by 0.3 --seed "$seed" "$R/thyroid-$seed.yaml"
-    generate fine0 "perturbed$seed" "$seed" --knowledge "$R/thyroid-$seed.yaml" --prompts knowledge
+    generate fine0 data 400 "perturbed$seed" "$seed" --knowledge "$R/thyroid-$seed.yaml" --prompts knowledge
     sets+=("perturbed_$seed=$R/perturbed$seed")
 done
 
-python -m eval.classify --real "$R/data" --fake "${sets[@]}" --extra_real "$R/extra" --output "$R/classify/report.json" \
-    --arms none oversampling basic mixup cutmix erasing features "${sets[@]%%=*}" real_upper --seeds 0,1,2,3,4 \
-    --share 0.5 --model resnet18 --image_size 64 --max_train_steps 400 --no_realism --shard "${SHARD:-0/1}"
-if [[ -f $R/classify/report.json ]]; then
-    python -m eval.tables --classify "$R/classify/report.json" --output_dir "$R/tables"
-fi
+# Few shots: a generator that has seen 20 images of each class, and nothing else of this data set.
+python -m data.prepare subsample --data_dir "$R/data" --most benign=20 PTC=20 FTC=20 MTC=20 --name few
+train pretrain data/few.jsonl assets/tiny-base few_coarse 0
+train finetune data/few.jsonl "$R/few_coarse" few_fine 0
+generate few_fine data/few.jsonl 400 few_images 0
+sets+=("few_shot=$R/few_images")
+
+# For the sweep over amounts: as many as 1,600 of each class, drawn and real.
+generate fine0 data 1600 many 0
+python -m data.prepare phantom --output_dir "$R/many_extra" --preset balanced --count 6400 --seed 7
+
+classify() { # classify OUTPUT FLAGS...
+    python -m eval.classify --real "$R/data" --output "$R/$1" --share 0.9 --model resnet18 --image_size 64 \
+        --max_train_steps 400 --shard "${SHARD:-0/1}" "${@:2}"
+}
+classify classify/report.json --fake "${sets[@]}" --extra_real "$R/extra" --seeds 0,1,2,3,4 \
+    --arms none oversampling basic mixup cutmix erasing features "${sets[@]%%=*}" real_upper
+classify classify/real_share.json --fake "tiger_f_0=$R/tiger_f0" --seeds 0,1,2 \
+    --arms oversampling tiger_f_0 --real_share 0.25,0.5,1 --no_realism
+classify amounts/report.json --fake "tiger_f=$R/many" --extra_real "$R/many_extra" --seeds 0,1,2 \
+    --arms oversampling tiger_f real_upper --amounts 100,400,1600 --no_realism
+
+for report in classify/report classify/real_share amounts/report; do
+    if [[ -f $R/$report.json ]]; then
+        python -m eval.tables --classify "$R/$report.json" --output_dir "$R/tables/${report//\//_}"
+    fi
+done

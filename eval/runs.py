@@ -23,7 +23,7 @@ from eval.study import Data, Held, Plan, Trial, digest, plan
 from tiger.errors import InputError
 from tiger.files import atomic_path, read_json, write_json
 
-SHARES = (0.1, 0.25, 0.5)  # of synthetic images, from which --share auto chooses
+SHARES = (0.25, 0.5, 0.75, 0.9)  # of synthetic images, from which --share auto chooses
 
 
 @dataclass(frozen=True)
