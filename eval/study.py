@@ -215,6 +215,7 @@ def kept(trial: Trial, data: Data) -> np.ndarray:
     """(N,) bool: the images that the trial's amount and share leave. Smaller ones lie in larger ones of the same seed.
 
     Without an amount, further real images are as many of a class as the first synthetic set has, or all there are.
+    Raises InputError where an amount is more than there are.
     """
     keep = np.ones(len(data.y), bool)
     sets = [name for name in dict.fromkeys(data.origin.tolist()) if name not in (REAL, EXTRA)]
@@ -231,7 +232,7 @@ def kept(trial: Trial, data: Data) -> np.ndarray:
         most = len(added) if trial.amount is None else trial.amount
         if trial.arm == UPPER and trial.amount is None and sets:
             most = int((of_class & (data.origin == sets[0])).sum())
-        elif trial.arm != UPPER and len(added) < most:
+        elif len(added) < most:
             raise InputError(f"arm {trial.arm}: {len(added)} images of class {label}, and --amounts asks for {most}")
         if most < len(added):
             place = {key: i for i, key in zip(added, (data.keys[i] for i in added), strict=True)}

@@ -15,6 +15,7 @@ from training_samples import flags, save_base
 
 from eval import classifier, classify, features, figures, realism, training
 from eval.images import load_images, source_patients
+from eval.runs import SHARES
 from eval.study import Data, Sources, Trial, classes_of, kept, load
 from tiger import manifest, pretrain
 from tiger.errors import InputError, run
@@ -180,6 +181,8 @@ def test_what_amounts_and_shares_leave(folders: dict[str, Path]) -> None:
     assert left() == {"real": [20, 12, 4], "tiger_f": [8, 8, 8], "extra_real": [12, 12, 12]}
     assert left(arm="real_upper")["extra_real"] == [8, 8, 8]  # equally many
     assert left(arm="real_upper", amount=5)["extra_real"] == [5, 5, 5]
+    with pytest.raises(InputError, match="arm real_upper: 12 images of class benign, and --amounts asks for 13"):
+        left(arm="real_upper", amount=13)
     assert left(amount=3)["tiger_f"] == [3, 3, 3]
     assert left(real_share=0.5)["real"] == [10, 6, 2]
     half = kept(Trial("all", "oversampling", 0, real_share=0.5), data) & (data.origin == "real")
@@ -200,7 +203,7 @@ def test_what_amounts_and_shares_leave(folders: dict[str, Path]) -> None:
 def test_the_share_is_chosen_on_valid(folders: dict[str, Path], tmp_path: Path, trained: list[str]) -> None:
     given = arguments(folders, tmp_path / "report.json", "--no_realism", "--arms", "oversampling", "tiger_f")
     classify.main([*given, "--share", "auto"])
-    assert trained == ["oversampling-seed0", *3 * ["tiger_f-seed0"]]
+    assert trained == ["oversampling-seed0", *len(SHARES) * ["tiger_f-seed0"]]
     found = read_json(tmp_path / "scores" / "tiger_f-seed0.json")
     of_shares = found["valid_macro_auc_of_shares"]
     assert found["share"] == float(max(of_shares, key=of_shares.__getitem__))
