@@ -21,9 +21,9 @@ for fold in 0 1 2 3; do
         --name "rare$fold"
     data=(--data_dir "$R/data/rare$fold.jsonl" --knowledge breast)
     bash pretrain.sh --config configs/pretrain-tiny.yaml "${data[@]}" --pretrained_model assets/tiny-base \
-        --output_dir "$R/coarse$fold" --cache_dir "$R/cache" --max_train_steps 500 --seed 0
+        --output_dir "$R/coarse$fold" --cache_dir "$R/cache" --max_train_steps 400 --seed 0
     bash finetune.sh --config configs/finetune-tiny.yaml "${data[@]}" --pretrained_model "$R/coarse$fold" \
-        --output_dir "$R/fine$fold" --cache_dir "$R/cache" --max_train_steps 500 --seed 0
+        --output_dir "$R/fine$fold" --cache_dir "$R/cache" --max_train_steps 400 --seed 0
     python generation.py --model "$R/fine$fold" "${data[@]}" --count benign=200,malignant=200 --steps 8 \
         --scheduler dpmsolver++ --guidance_scale 2 --batch_size 25 --output_dir "$R/generated$fold" --seed 0
 done

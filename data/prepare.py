@@ -130,11 +130,14 @@ def subsample(args: argparse.Namespace) -> None:
     """Make classes rare: manifests beside the old one, with fewer training patients, and with those left out."""
     data = manifest.read(args.data_dir, Knowledge.load(args.knowledge))
     kept, rest = keep_at_most(data.rows, dict(args.most), args.seed)
-    for name, rows in ((args.name, kept), (f"{args.name}_rest", rest)):
-        done = Manifest(data.root / f"{name}.jsonl", rows)
+    done = {data.root / f"{args.name}{end}.jsonl": rows for end, rows in (("", kept), ("_rest", rest))}
+    for path, rows in done.items():
+        if path.exists() and manifest.read(path).rows != rows:
+            raise InputError(f"{path}: is there and holds other rows; give another --name")
+    for path, rows in done.items():
         if not args.dry_run:
-            manifest.write(done.path, rows)
-        report(done, args.dry_run)
+            manifest.write(path, rows)
+        report(Manifest(path, rows), args.dry_run)
 
 
 def files_of(data: Manifest) -> list[str]:

@@ -67,35 +67,34 @@ def assign_folds(rows: Sequence[Row], folds: int, seed: int) -> list[tuple[Row, 
 def keep_at_most(rows: Sequence[Row], most: Mapping[str, int], seed: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     """The rows with at most so many training images of some classes, and the training rows that are left out for it.
 
-    Whole patients stay, in a random order of each class until one does not fit; a patient who has such a class and
-    another one stays or goes with all images. A smaller number keeps a part of what a larger one keeps, whatever the
-    order of the rows.
+    Whole patients stay, in a random order of each class until one does not fit, the rarest class first. A patient of
+    several such classes stays or goes by the rarest, with all images. Where classes share no patients, a smaller number
+    keeps a part of what a larger one keeps. The order of the rows does not matter.
 
     Args:
         most: class -> images, at least 1.
-    Raises InputError on a class without training rows, on a first patient with more images than that, and on synthetic
-    rows, which may show what is left out.
+    Raises InputError on a class of which no training row would be left, and on synthetic rows, which may show what is
+    left out.
     """
     if made := [row.file_name for row in rows if row.synthetic]:
-        raise InputError(
-            f"{len(made)} rows are synthetic, such as {made[0]}: subsample the real images, then generate anew"
-        )
+        raise InputError(f"{len(made)} rows are synthetic, such as {made[0]}: subsample real ones, then generate anew")
     train = [row for row in rows if row.split in ("train", None)]
-    dropped: set[str] = set()
-    for label, number in most.items():
-        images = Counter(unit_of(row) for row in train if row.label == label)
-        if not images:
-            raise InputError(f"--most {label}={number}: no training rows of that class")
-        members = sorted(images)
-        order = np.random.default_rng((seed, *label.encode())).permutation(len(members))
-        sums = np.cumsum([images[members[index]] for index in order])
-        fit = int(np.searchsorted(sums, number, side="right"))
-        if not fit:
-            raise InputError(
-                f"--most {label}={number}: its first patient has {sums[0]} images, and patients stay whole"
-            )
-        dropped |= {members[index] for index in order[fit:]}
-    out = {row.file_name for row in train if unit_of(row) in dropped}
+    images = {label: Counter(unit_of(row) for row in train if row.label == label) for label in most}
+    stays: dict[str, bool] = {}  # patient -> whether
+    for label in sorted(most, key=lambda label: (images[label].total(), label)):
+        of_class = images[label]
+        members = sorted(of_class)
+        order = [members[i] for i in np.random.default_rng((seed, *label.encode())).permutation(len(members))]
+        order.sort(key=lambda unit: not stays.get(unit, False))  # who stays for a rarer class comes first
+        fits = np.cumsum([of_class[unit] for unit in order]) <= most[label]
+        for unit, fit in zip(order, fits.tolist(), strict=True):
+            stays.setdefault(unit, fit)
+    out = {row.file_name for row in train if not stays.get(unit_of(row), True)}
+    left = {row.label for row in train if row.file_name not in out}
+    for label in {row.label for row in train} | set(most):
+        if label not in left:
+            wanted = " ".join(f"{name}={number}" for name, number in most.items())
+            raise InputError(f"--most {wanted}: no training row of {label} would be left; patients stay whole")
     return tuple(row for row in rows if row.file_name not in out), tuple(row for row in rows if row.file_name in out)
 
 

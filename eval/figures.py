@@ -1,8 +1,9 @@
 """Saved scores -> every figure with its interval, and tests between conditions. Nothing here trains or sees an image.
 
 A figure is the mean over training seeds, and over folds. Its interval is a bootstrap over whole patients, within each
-fold, and over the seeds; all conditions are tried on the same resamples, so that differences are paired. Thresholds are
-those of Youden's index on `valid`, one a training (0.5 where there is no valid).
+fold, and over the seeds. Differences are paired; theirs is Student's t, with the variance over patients and that over
+seeds, of which a few seeds tell little. Thresholds are those of Youden's index on `valid`, one a training (0.5 where
+there is no valid).
 """
 
 import itertools
@@ -27,8 +28,7 @@ from tiger.files import read_json
 from tiger.manifest import SPLITS
 
 Array = NDArray[np.float64]
-DELONG = "DeLong, clustered by patient, with the variance over seeds"
-BOOTSTRAP = "bootstrap over patients and seeds"
+DELONG, BOOTSTRAP = "DeLong, clustered by patient", "bootstrap over patients"
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ def read_run(saved: Mapping[str, Any]) -> Run:
 
 
 def pair_scores(scores: Scores, negative: int, positive: int) -> tuple[NDArray[np.bool_], Array, NDArray[np.int64]]:
-    """(y, p_positive / (p_negative + p_positive), rows) of the images of two classes."""
+    """(y, p_positive / (p_negative + p_positive), rows) of the images of two classes; 0.5 where both are 0."""
     rows = np.flatnonzero((scores.y == negative) | (scores.y == positive))
-    p = scores.p[rows]
-    return scores.y[rows] == positive, p[:, positive] / np.maximum(p[:, negative] + p[:, positive], 1e-12), rows
+    p, both = scores.p[rows, positive], scores.p[rows][:, [negative, positive]].sum(1)
+    return scores.y[rows] == positive, np.divide(p, both, out=np.full(len(p), 0.5), where=both > 0), rows
 
 
 def pairs(run: Run, negative: str) -> dict[str, tuple[int, int]]:
@@ -118,17 +118,17 @@ class Drawn:
     """Every figure of one condition."""
 
     runs: list[Run]
-    values: dict[str, Array]  # figure -> (1 + resamples,): on the sample, then on each resample
+    values: dict[str, Array]  # figure -> (1 + resamples,): on the sample, then on resamples of patients and seeds
+    of_patients: dict[str, Array]  # the same, on resamples of patients
     per_seed: dict[str, Array]  # figure -> (seeds,): on the sample
 
 
 def draw(runs: Sequence[Run], negative: str, resamples: int) -> dict[str, Drawn]:
-    """condition -> its figures on the sample and on each resample."""
+    """condition -> its figures on the sample and on each resample, of which a fold is left out if it lacks a class."""
     seeds = sorted({run.seed for run in runs})
     rng = np.random.default_rng(0)
     drawn = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=resamples)
     of_seed = np.concatenate([np.ones((1, len(seeds))), drawn]) / len(seeds)  # (1 + resamples, seeds) weights
-    folds = sorted({run.fold or 0 for run in runs})
 
     @cache
     def weights(split: str, fold: int, patients: tuple[str, ...]) -> Array:
@@ -137,17 +137,27 @@ def draw(runs: Sequence[Run], negative: str, resamples: int) -> dict[str, Drawn]
 
     found: dict[str, Drawn] = {}
     for condition in dict.fromkeys(run.condition for run in runs):
-        mine = Drawn([run for run in runs if run.condition == condition], {}, {})
-        for run in mine.runs:
-            seed, fold = seeds.index(run.seed), run.fold or 0
-            test_w = weights("test", fold, tuple(run.test.patients))
-            valid_w = weights("valid", fold, tuple(run.valid.patients)) if run.valid is not None else None
+        mine = [run for run in runs if run.condition == condition]
+        figures: dict[str, list[tuple[int, Array]]] = {}  # figure -> (seed's place, values) of each training
+        for run in mine:
+            test_w = weights("test", run.fold or 0, tuple(run.test.patients))
+            valid_w = weights("valid", run.fold or 0, tuple(run.valid.patients)) if run.valid is not None else None
             for name, values in figures_of(run, negative, test_w, valid_w).items():
-                total = mine.values.setdefault(name, np.zeros(1 + resamples))
-                total += of_seed[:, seed] * values / len(folds)
-                mine.per_seed.setdefault(name, np.zeros(len(seeds)))[seed] += values[0] / len(folds)
-        found[condition] = mine
+                figures.setdefault(name, []).append((seeds.index(run.seed), values))
+        found[condition] = Drawn(mine, {}, {}, {})
+        for name, parts in figures.items():
+            places, table = np.array([place for place, _ in parts]), np.stack([values for _, values in parts])
+            found[condition].values[name] = weighted_mean(table, of_seed.T[places])
+            found[condition].of_patients[name] = weighted_mean(table, np.ones_like(table))
+            found[condition].per_seed[name] = np.array([table[places == k, 0].mean() for k in range(len(seeds))])
     return found
+
+
+def weighted_mean(values: Array, weights: Array) -> Array:
+    """(R,) of (N, R) values, of those that are there; nan where there are none."""
+    there = np.isfinite(values) * weights
+    with np.errstate(invalid="ignore"):
+        return (np.nan_to_num(values) * there).sum(0) / there.sum(0)
 
 
 def estimate(values: Array) -> dict[str, float]:
@@ -174,8 +184,8 @@ def of_condition(drawn: Drawn, negative: str) -> dict[str, Any]:
         entry[name] = estimate(values) | {"per_seed": drawn.per_seed[name].tolist()}
     for task in tasks_of(runs, negative):
         value, variance = mean_auc(runs, negative, task)
-        margin = statistics.Z * math.sqrt(variance + over_seeds(drawn.per_seed[f"auc {task}"]))
-        entry[f"auc {task}"] |= {"delong": [max(0.0, value - margin), min(1.0, value + margin)]}
+        low, high, _ = statistics.t_interval(value, [(variance, math.inf), over_seeds(drawn.per_seed[f"auc {task}"])])
+        entry[f"auc {task}"] |= {"delong": np.clip([low, high], 0, 1).tolist()}
         found = [hosmer_lemeshow(run, negative, task) for run in runs if task in pairs(run, negative)]
         entry[f"hosmer_lemeshow {task}"] = {
             "chi2": float(np.median([chi2 for chi2, _ in found])),
@@ -192,7 +202,7 @@ def tasks_of(runs: Iterable[Run], negative: str) -> list[str]:
 def hosmer_lemeshow(run: Run, negative: str, task: str) -> tuple[float, float]:
     """(chi2, p) on the test split; probabilities are kept off 0 and 1, where it is infinite."""
     y, p, _ = pair_scores(run.test, *pairs(run, negative)[task])
-    return statistics.hosmer_lemeshow(y, np.clip(p, 1e-6, 1 - 1e-6))
+    return statistics.hosmer_lemeshow(y, np.clip(p, 1e-6, 1 - 1e-6), fitted=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- tests
@@ -224,26 +234,22 @@ def mean_auc(runs: Iterable[Run], negative: str, task: str) -> tuple[float, floa
     return float(np.mean(values)), sum(variances) / len(values) ** 2
 
 
-def delong_p(first: Drawn, second: Drawn, negative: str, task: str) -> float:
-    """Two-sided p of the difference of two conditions' AUC, over test patients and training seeds."""
-    value, variance, folds = 0.0, 0.0, 0
-    for a, b in zip(columns(first.runs, negative, task), columns(second.runs, negative, task), strict=True):
-        difference, of_fold = statistics.delong_difference(a[0], a[1], b[1], a[2])
-        value, variance, folds = value + difference, variance + of_fold, folds + 1
-    by_seed = first.per_seed[f"auc {task}"] - second.per_seed[f"auc {task}"]
-    return statistics.z_test(value / folds, variance / folds**2 + over_seeds(by_seed))[1]
+def delong_variance(first: Drawn, second: Drawn, negative: str, task: str) -> float:
+    """The variance over test patients of the difference of two conditions' AUC."""
+    folds = zip(columns(first.runs, negative, task), columns(second.runs, negative, task), strict=True)
+    variances = [statistics.delong_difference(a[0], a[1], b[1], a[2])[1] for a, b in folds]
+    return sum(variances) / len(variances) ** 2
 
 
-def over_seeds(values: Array) -> float:
-    """The variance of the mean of one value a training seed; 0 for a single seed, which cannot tell."""
-    return float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0
+def bootstrap_variance(values: Array) -> float:
+    """The variance over the resamples of a figure, whose first value is that of the sample; nan where half lack it."""
+    there = values[1:][np.isfinite(values[1:])]
+    return float(there.var(ddof=1)) if 2 * len(there) > len(values) - 1 else math.nan
 
 
-def bootstrap_p(differences: Array) -> float:
-    """Two-sided p of the resamples of a difference, never 0 (Davison & Hinkley 1997, section 4.2.5)."""
-    differences = differences[np.isfinite(differences)]
-    tails = [(differences <= 0).sum() + 1, (differences >= 0).sum() + 1]
-    return min(1.0, 2 * min(tails) / (len(differences) + 1))
+def over_seeds(values: Array) -> tuple[float, float]:
+    """(variance of the mean of one value a training seed, its degrees of freedom); 0 of one seed, which cannot tell."""
+    return (float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0), len(values) - 1
 
 
 def comparisons(conditions: Mapping[str, Drawn], negative: str) -> list[dict[str, Any]]:
@@ -257,13 +263,17 @@ def comparisons(conditions: Mapping[str, Drawn], negative: str) -> list[dict[str
             first, second = conditions[b], conditions[a]  # later arms against earlier ones
             if not (figure in first.values and figure in second.values and are_equal(first, second)):
                 continue
-            values = first.values[figure] - second.values[figure]
-            entry = {"figure": figure, "arm": b, "against": a} | estimate(values)
             if figure in of_tasks:
-                entry |= {"p": delong_p(first, second, negative, of_tasks[figure]), "test": DELONG}
+                test, variance = DELONG, delong_variance(first, second, negative, of_tasks[figure])
             else:
-                entry |= {"p": bootstrap_p(values[1:]), "test": BOOTSTRAP}
-            family.append(entry)
+                values = first.of_patients[figure] - second.of_patients[figure]
+                test, variance = BOOTSTRAP, bootstrap_variance(values)
+            by_seed = first.per_seed[figure] - second.per_seed[figure]
+            value = float(by_seed.mean())
+            low, high, p = statistics.t_interval(value, [(variance, math.inf), over_seeds(by_seed)])
+            test += f"; variance over {len(by_seed)} seeds; Student's t" if len(by_seed) > 1 else "; one training seed"
+            entry = {"figure": figure, "arm": b, "against": a, "value": value, "low": low, "high": high}
+            family.append(entry | {"p": p, "test": test})
         for entry, p in zip(family, statistics.holm([entry["p"] for entry in family]), strict=True):
             entry["p_holm"] = float(p)
         found += family

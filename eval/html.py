@@ -60,7 +60,8 @@ def cell(entry: Mapping[str, float], *notes: str) -> str:
 
 def difference(entry: Mapping[str, float], *notes: str) -> str:
     """The same of a difference: "+0.025", below it "[+0.002, +0.048]"."""
-    value, low, high = (f"{entry[name]:+.3f}" for name in ("value", "low", "high"))
+    value, low, high = (entry[name] for name in ("value", "low", "high"))
+    value, low, high = ("–" if one is None or one != one else f"{one:+.3f}" for one in (value, low, high))
     return stacked(value, f"[{low}, {high}]", *notes)
 
 

@@ -8,7 +8,7 @@ auc, low, high = cluster_bootstrap_ci(auc, y, scores, patients, n=2000, seed=0) 
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -69,11 +69,12 @@ def clustered_variance(
         return count / (count - 1) * float(a @ b)
 
     m, n = len(v10), len(v01)
-    return (
+    variance = (
         part(of_positives, of_positives, with_positives) / m**2
         + part(of_negatives, of_negatives, with_negatives) / n**2
         + 2 * part(of_positives, of_negatives, len(of_positives)) / (m * n)
     )
+    return max(0.0, variance)  # rounding
 
 
 def delong_ci(y: ArrayLike, s: ArrayLike, groups: ArrayLike | None = None) -> tuple[float, float, float]:
@@ -87,7 +88,8 @@ def delong_ci(y: ArrayLike, s: ArrayLike, groups: ArrayLike | None = None) -> tu
     v10, v01 = placements(y, np.asarray(s, float))
     value = float(v10.mean())
     margin = Z * math.sqrt(clustered_variance(y, v10, v01, groups))
-    return value, max(0.0, value - margin), min(1.0, value + margin)
+    low, high = np.clip([value - margin, value + margin], 0, 1)
+    return value, float(low), float(high)
 
 
 def delong_difference(
@@ -113,6 +115,24 @@ def z_test(value: float, variance: float) -> tuple[float, float]:
     return z, float(2 * stats.norm.sf(abs(z)))
 
 
+def t_interval(value: float, parts: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """(low, high, two-sided p) of an estimate whose variance is a sum: 95 % interval, and test of its being 0.
+
+    Student's t with Satterthwaite's degrees of freedom (Biometrics 2:110, 1946): a variance that few values tell is
+    not taken for known.
+
+    Args:
+        parts: (variance, degrees of freedom that it has; math.inf where it is as good as known) of each part.
+    """
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return value, value, float(value == 0)
+    unsure = sum(part**2 / freedom for part, freedom in parts if part)
+    freedom = variance**2 / unsure if unsure else math.inf
+    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
+    return value - margin, value + margin, float(2 * stats.t.sf(abs(value) / math.sqrt(variance), freedom))
+
+
 def holm(p: ArrayLike) -> NDArray[np.float64]:
     """p-values of one family adjusted by Holm's step-down method (Scand. J. Statist. 6:65, 1979); nan stays nan."""
     p = np.asarray(p, float)
@@ -123,8 +143,12 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
     return adjusted
 
 
-def hosmer_lemeshow(y: ArrayLike, p: ArrayLike, groups: int = 10) -> tuple[float, float]:
-    """(chi², p) of calibration: Hosmer & Lemeshow 1980, groups of equal size by rank of `p`, groups − 2 degrees."""
+def hosmer_lemeshow(y: ArrayLike, p: ArrayLike, groups: int = 10, fitted: bool = True) -> tuple[float, float]:
+    """(chi², p) of calibration: Hosmer & Lemeshow 1980, groups of equal size by rank of `p`, groups − 2 degrees.
+
+    Args:
+        fitted: whether `p` was fitted on these very cases, which costs two degrees of freedom; on others it is groups.
+    """
     y, p = np.asarray(y, float), np.asarray(p, float)
     chi2 = 0.0
     for part in np.array_split(np.argsort(p, kind="stable"), groups):
@@ -134,7 +158,7 @@ def hosmer_lemeshow(y: ArrayLike, p: ArrayLike, groups: int = 10) -> tuple[float
             chi2 += (observed - expected) ** 2 / spread
         elif n and observed != expected:  # certain and wrong
             chi2 = math.inf
-    return float(chi2), float(stats.chi2.sf(chi2, groups - 2))
+    return float(chi2), float(stats.chi2.sf(chi2, groups - 2 if fitted else groups))
 
 
 def wilson_ci(k: int, n: int) -> tuple[float, float]:

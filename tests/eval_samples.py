@@ -1,10 +1,11 @@
-"""Small manifests of simple pictures, for the tests of `eval/`: a disc on noise, whose level tells the class."""
+"""For the tests of `eval/`: small manifests of simple pictures, a disc whose level tells the class; and scores."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from eval.figures import Run, Scores
 from tiger import manifest
 from tiger.conditions import sobel_map
 from tiger.manifest import Manifest, Row
@@ -61,3 +62,23 @@ def write_dataset(
                 rows.append(row)
     manifest.write(folder / "metadata.jsonl", rows)
     return manifest.read(folder)
+
+
+def scores(n: int, gain: float, seed: int, images: int = 1) -> Scores:
+    """`n` patients of each class with so many images, told apart the better the larger `gain` is."""
+    rng = np.random.default_rng([7, seed])
+    y = np.repeat([0, 1], n * images)
+    logit = gain * y + np.repeat(rng.normal(0, 0.7, 2 * n), images) + rng.normal(0, 0.7, 2 * n * images)
+    p = 1 / (1 + np.exp(-logit))
+    names = [f"i{i}" for i in range(len(y))]
+    return Scores(y, np.stack([1 - p, p], 1), [f"P{i // images}" for i in range(len(y))], names)
+
+
+def make_run(
+    condition: str, gain: float, seed: int = 0, fold: int | None = None, noise: int = 0, images: int = 1
+) -> Run:
+    arm, _, amount = condition.partition(":")
+    settings = {"arm": arm, "amount": int(amount) if amount else None, "real_share": 1.0}
+    notes = {"selected_step": 1, "images_per_second": 1.0, "settings": settings}
+    parts = (scores(60, gain, 1000 * noise + 10 * (fold or 0) + part, images) for part in (1, 2))
+    return Run(condition, "all", seed, fold, ["benign", "FTC"], *parts, notes)

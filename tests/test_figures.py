@@ -2,31 +2,11 @@
 
 import numpy as np
 import pytest
+from eval_samples import make_run
+from scipy import stats
 
 from eval import figures, scoring, statistics
 from eval.figures import Run, Scores
-
-CLASSES = ["benign", "FTC"]
-
-
-def scores(n: int, gain: float, seed: int, images: int = 1) -> Scores:
-    """`n` patients of each class with so many images, told apart the better the larger `gain` is."""
-    rng = np.random.default_rng([7, seed])
-    y = np.repeat([0, 1], n * images)
-    logit = gain * y + np.repeat(rng.normal(0, 0.7, 2 * n), images) + rng.normal(0, 0.7, 2 * n * images)
-    p = 1 / (1 + np.exp(-logit))
-    names = [f"i{i}" for i in range(len(y))]
-    return Scores(y, np.stack([1 - p, p], 1), [f"P{i // images}" for i in range(len(y))], names)
-
-
-def make_run(
-    condition: str, gain: float, seed: int = 0, fold: int | None = None, noise: int = 0, images: int = 1
-) -> Run:
-    arm, _, amount = condition.partition(":")
-    settings = {"arm": arm, "amount": int(amount) if amount else None, "real_share": 1.0}
-    notes = {"selected_step": 1, "images_per_second": 1.0, "settings": settings}
-    parts = (scores(60, gain, 1000 * noise + 10 * (fold or 0) + part, images) for part in (1, 2))
-    return Run(condition, "all", seed, fold, CLASSES, *parts, notes)
 
 
 def test_a_figure_is_the_mean_over_seeds_and_folds() -> None:
@@ -92,6 +72,42 @@ def test_seeds_that_disagree_weaken_a_test() -> None:
     assert p((0.9, 0.9, 0.9)) < 1e-6 < p((0.1, 0.9, 1.7))
 
 
+@pytest.mark.parametrize("figure", ["auc benign vs FTC", "macro_auc"])
+def test_a_few_seeds_are_not_taken_for_many(figure: str) -> None:
+    """Three seeds of one sign: resampling them would never give the other sign, however they spread."""
+    runs = [make_run("none", 0.5, seed) for seed in range(3)]
+    runs += [make_run("tiger_f", gain, seed) for seed, gain in enumerate((0.52, 1.0, 1.6))]
+    (entry,) = [one for one in figures.summarise(runs, "benign", 300)["comparisons"] if one["figure"] == figure]
+    assert 0.05 < entry["p"] < 0.3 and entry["low"] < 0 < entry["value"] < entry["high"]
+    assert "3 seeds; Student's t" in entry["test"]
+    one = figures.summarise([runs[0], runs[3]], "benign", 300)["comparisons"][0]
+    assert one["test"].endswith("one training seed")
+
+
+def test_a_resample_that_lacks_a_class_in_one_fold_keeps_the_others() -> None:
+    runs = [make_run("none", 1.0, fold=fold) for fold in range(4)]
+    for run in runs:  # two positives a fold, so that about one resample in seven lacks them in a given fold
+        for part in (run.test, run.valid):
+            assert part is not None
+            part.y[62:] = 0
+    entry = figures.summarise(runs, "benign", 400)["arms"]["none"]["auc benign vs FTC"]
+    assert entry["low"] < entry["value"] < entry["high"]
+    drawn = figures.draw(runs, "benign", 400)["none"]
+    assert np.isfinite(drawn.values["auc benign vs FTC"]).all()
+
+
+def test_two_probabilities_of_0_tell_nothing() -> None:
+    p = np.array([[0.2, 0.6, 0.2], [0.0, 0.0, 1.0], [1e-13, 3e-13, 1.0]])
+    y, s, rows = figures.pair_scores(Scores(np.array([0, 1, 1]), p, ["a", "b", "c"], ["a", "b", "c"]), 0, 1)
+    assert s == pytest.approx([0.75, 0.5, 0.75]) and rows.tolist() == [0, 1, 2] and y.tolist() == [False, True, True]
+
+
+def test_calibration_on_held_out_images_has_all_degrees_of_freedom() -> None:
+    run = make_run("none", 1.0)
+    chi2, p = figures.hosmer_lemeshow(run, "benign", "benign vs FTC")
+    assert p == pytest.approx(stats.chi2.sf(chi2, 10))
+
+
 def test_only_equal_conditions_are_compared_and_each_figure_is_a_family() -> None:
     gains = {"oversampling": 0.5, "tiger_f:2": 0.6, "tiger_f:4": 0.9, "sd:4": 0.7}
     runs = [make_run(condition, gain, noise=i) for i, (condition, gain) in enumerate(gains.items())]
@@ -106,13 +122,16 @@ def test_only_equal_conditions_are_compared_and_each_figure_is_a_family() -> Non
     }
     assert [one["p_holm"] for one in of_auc] == pytest.approx(statistics.holm([one["p"] for one in of_auc]))
     macro = [one for one in found if one["figure"] == "macro_auc"]
-    assert all(2 / 201 <= one["p"] <= 1 for one in macro) and len(macro) == 4
+    assert len(macro) == 4  # with two classes it is the AUC: the bootstrap says what DeLong says
+    assert [one["value"] for one in macro] == pytest.approx([one["value"] for one in of_auc])
+    assert [one["high"] - one["low"] for one in macro] == pytest.approx(
+        [one["high"] - one["low"] for one in of_auc], rel=0.25
+    )
 
 
 def test_resamples_are_the_same_for_every_condition() -> None:
     a, b = make_run("none", 0.8), make_run("tiger_f", 0.8)  # equal scores
     (entry, *_) = figures.summarise([a, b], "benign", 50)["comparisons"]
     assert (entry["value"], entry["low"], entry["high"], entry["p"]) == (0, 0, 0, 1)
-    assert figures.bootstrap_p(np.zeros(50)) == 1
     w = scoring.resample_weights(a.test.patients, 5, np.random.default_rng(0))
     assert w.shape == (6, 120)

@@ -235,7 +235,10 @@ def test_subsamples_are_data_sets_beside_the_images(images: Path, capsys: pytest
     assert {row.file_name for row in (*kept.rows, *rest.rows)} == {row.file_name for row in read(images).rows}
     assert (images / "metadata.jsonl").read_bytes() == before
     assert run(main, ["subsample", "--data_dir", str(images), "--most", f"{label}=1"]) == 2
-    assert "its first patient has 2 images" in capsys.readouterr().err
+    assert "no training row of benign would be left" in capsys.readouterr().err
+    assert run(main, ["subsample", "--data_dir", str(images), "--most", f"{label}=4", "--name", "metadata"]) == 2
+    assert "metadata.jsonl: is there and holds other rows" in capsys.readouterr().err
+    assert (images / "metadata.jsonl").read_bytes() == before and run(main, arguments) == 0  # the same again is fine
 
 
 def test_split_refuses_synthetic_rows_of_held_out_images(images: Path, capsys: pytest.CaptureFixture[str]):

@@ -104,9 +104,14 @@ def test_a_patient_of_two_classes_goes_with_all_images():
 
 def test_what_cannot_be_subsampled_is_told():
     rows = trained({"benign": 3, "MTC": 4})
-    with pytest.raises(InputError, match="--most FTC=2: no training rows"):
+    with pytest.raises(InputError, match="--most FTC=2: no training row of FTC would be left"):
         keep_at_most(rows, {"FTC": 2}, seed=0)
-    with pytest.raises(InputError, match="its first patient has 2 images"):
+    with pytest.raises(InputError, match="no training row of MTC would be left; patients stay whole"):
         keep_at_most(rows, {"MTC": 1}, seed=0)
+    both = [replace(row, label=label, file_name=label + row.file_name) for row in rows for label in ("MTC", "PTC")]
+    both += trained({"FTC": 1})
+    for seed in range(10):  # every patient has both classes: what stays for one stays for the other
+        kept, _ = keep_at_most(both, {"PTC": 2, "MTC": 2}, seed)
+        assert sorted(str(row.label) for row in kept) == ["FTC", "FTC", "MTC", "MTC", "PTC", "PTC"]
     with pytest.raises(InputError, match="1 rows are synthetic, such as s.png"):
         keep_at_most([*rows, Row("s.png", "x", "y", label="MTC", synthetic=True)], {"MTC": 2}, seed=0)

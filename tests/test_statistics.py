@@ -95,6 +95,27 @@ def test_delong_of_several_columns_is_that_of_their_mean_auc() -> None:
     assert statistics.delong_test(y, s[:, 0], s[:, 1]) == pytest.approx((z, 2 * stats.norm.sf(abs(z))))
 
 
+def test_rounding_does_not_make_a_variance_negative() -> None:
+    for n in (30, 40, 53):  # every patient has a positive and a negative case, and a positive is always one above
+        y, s = np.tile([1, 0], n), np.stack([2 * np.arange(n) + 1, 2 * np.arange(n)], 1).ravel()
+        value, low, high = statistics.delong_ci(y, s, np.repeat(np.arange(n), 2))
+        assert low <= value <= high
+    _, low, high = statistics.delong_ci([1, 0, 0], [0.3, 0.2, 0.4])  # one positive tells no variance
+    assert math.isnan(low) and math.isnan(high)
+
+
+def test_t_interval_is_that_of_scipy_and_of_welch() -> None:
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(0.4, 1, 6), rng.normal(0, 2, 9)
+    parts = [(float(x.var(ddof=1)) / len(x), len(x) - 1) for x in (a, b)]
+    welch = stats.ttest_ind(a, b, equal_var=False)
+    low, high, p = statistics.t_interval(float(a.mean() - b.mean()), parts)
+    assert p == pytest.approx(welch.pvalue) and (low, high) == pytest.approx(tuple(welch.confidence_interval()))
+    assert statistics.t_interval(1.96, [(1.0, math.inf), (0.0, 0)])[2] == pytest.approx(0.05, abs=1e-4)
+    assert statistics.t_interval(0.0, [(0.0, 2)]) == (0.0, 0.0, 1.0)
+    assert all(map(math.isnan, statistics.t_interval(0.1, [(math.nan, math.inf), (0.1, 2)])))
+
+
 def test_holm_is_that_of_statsmodels() -> None:
     p = np.array([0.01, 0.04, 0.03, 0.005, 0.5, 0.04])
     assert statistics.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
@@ -130,6 +151,16 @@ def test_hosmer_lemeshow_tells_calibrated_from_not() -> None:
     y = rng.random(4000) < p
     assert statistics.hosmer_lemeshow(y, p)[1] > 0.01
     assert statistics.hosmer_lemeshow(y, p**2)[1] < 1e-6
+
+
+def test_hosmer_lemeshow_on_other_cases_rejects_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(3)
+    p = rng.uniform(0.05, 0.95, (1000, 300))
+    found = [statistics.hosmer_lemeshow(rng.random(300) < row, row, fitted=False)[1] < 0.05 for row in p]
+    assert 0.03 < np.mean(found) < 0.07
+    assert (
+        statistics.hosmer_lemeshow(p[0] > 0.5, p[0])[1] < statistics.hosmer_lemeshow(p[0] > 0.5, p[0], fitted=False)[1]
+    )
 
 
 def test_bootstrap_over_patients_is_wider_where_images_of_a_patient_agree() -> None:

@@ -1,0 +1,162 @@
+"""The study over generators: arms of which several were trained, as one figure each.
+
+    python -m benchmarks.generators --classify runs/study/classify/report.json --output runs/study/generators.json
+
+The arms NAME_0, NAME_1, … of a report are taken together as NAME, drawn by that many generators. A figure is the mean
+over generators and classifier seeds. Its interval, and the test of a difference, are Student's t with three parts of
+variance: over patients (bootstrap), over classifier seeds, and over generators, of which three tell little. Differences
+are paired by patient and seed, and by number where both arms have generators, which share a coarse stage then. Holm's
+correction is over the differences of a figure. Where further real images gain clearly over oversampling, an arm's share
+of that is given too.
+"""
+
+import argparse
+import itertools
+import math
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval import figures, scoring, statistics
+from eval.arms import UPPER, title
+from eval.figures import Run
+from tiger.errors import InputError, run
+from tiger.files import read_json, write_json
+
+Array = NDArray[np.float64]
+BASELINE = "oversampling"
+
+
+def name_and_number(condition: str) -> tuple[str, int]:
+    """ "tiger_f_2" -> ("tiger_f", 2); what has no number is 0."""
+    numbered = re.fullmatch(r"(.+)_(\d+)", condition)
+    return (numbered[1], int(numbered[2])) if numbered else (condition, 0)
+
+
+def draw(runs: Sequence[Run], negative: str, resamples: int) -> dict[str, dict[str, Array]]:
+    """figure -> arm -> (generators, seeds, 1 + resamples): on the sample, then on each resample of its patients.
+
+    Raises InputError where an arm lacks a training, and on folds and nets of their own, which are not for this.
+    """
+    trained: defaultdict[str, dict[tuple[int, int], Run]] = defaultdict(dict)
+    for one in runs:
+        name, number = name_and_number(one.condition)
+        trained[name][number, one.seed] = one
+    seeds, patients = sorted({one.seed for one in runs}), runs[0].test.patients
+    w = scoring.resample_weights(patients, resamples, np.random.default_rng(0))
+    found: defaultdict[str, dict[str, Array]] = defaultdict(dict)
+    for arm, of_arm in trained.items():
+        numbers = sorted({number for number, _ in of_arm})
+        same = all(one.test.patients == patients and one.fold is None and one.task == "all" for one in of_arm.values())
+        if not same or set(of_arm) != set(itertools.product(numbers, seeds)):
+            raise InputError(
+                f"arm {arm}: needs one training of all classes for each of generators {numbers}, seeds {seeds}"
+            )
+        cells = {place: aucs(one, negative, w) for place, one in of_arm.items()}
+        for figure in cells[numbers[0], seeds[0]]:
+            found[figure][arm] = np.array([[cells[number, seed][figure] for seed in seeds] for number in numbers])
+    return found
+
+
+def aucs(one: Run, negative: str, w: Array) -> dict[str, Array]:
+    """The AUC of each class against the negative one, and the mean of each class's against all others."""
+    found: dict[str, Array] = {}
+    for task, (n, c) in figures.pairs(one, negative).items():
+        y, p, rows = figures.pair_scores(one.test, n, c)
+        found[task.replace(" vs ", "-")] = scoring.auc(y, p, w[:, rows])
+    each = [scoring.auc(one.test.y == c, one.test.p[:, c], w) for c in range(len(one.classes))]
+    return found | {"macro": np.mean(each, axis=0)}
+
+
+def estimate(of: Callable[..., Array], *arms: Array) -> dict[str, float]:
+    """{value, low, high, p} of what `of` makes of arms, each (generators, seeds, 1 + resamples)."""
+    means = of(*(arm.mean((0, 1)) for arm in arms))
+    generators = max(len(arm) for arm in arms)
+    numbered = [arm if len(arm) > 1 else np.repeat(arm, generators, axis=0) for arm in arms]
+    by_generator = of(*(arm[:, :, 0].mean(1) for arm in numbered))
+    by_seed = of(*(arm[:, :, 0].mean(0) for arm in arms))
+    parts = [
+        (figures.bootstrap_variance(means), math.inf),
+        figures.over_seeds(by_seed),
+        figures.over_seeds(by_generator),
+    ]
+    low, high, p = statistics.t_interval(float(means[0]), parts)
+    return {"value": float(means[0]), "low": low, "high": high, "p": p}
+
+
+def summarise(drawn: Mapping[str, Mapping[str, Array]], against: Sequence[str]) -> dict[str, Any]:
+    """{arms: arm -> figures, differences: [of each arm to each of `against`], shares: arm -> figures}"""
+    names = list(next(iter(drawn.values())))
+    report: dict[str, Any] = {"arms": {name: {} for name in names}, "differences": [], "shares": {}}
+    for figure, arms in drawn.items():
+        for name, arm in arms.items():
+            report["arms"][name][figure] = estimate(lambda a: a, arm) | {"generators": len(arm), "seeds": arm.shape[1]}
+        pairs = [(a, b) for b, a in itertools.product(against, names) if a not in against[: against.index(b) + 1]]
+        family = [estimate(np.subtract, arms[a], arms[b]) for a, b in pairs]
+        for (a, b), one, p in zip(pairs, family, statistics.holm([one["p"] for one in family]), strict=True):
+            report["differences"].append({"figure": figure, "arm": a, "against": b} | one | {"p_holm": float(p)})
+        if {BASELINE, UPPER} <= set(names) and estimate(np.subtract, arms[UPPER], arms[BASELINE])["low"] > 0:
+            for name in names:
+                if name not in (BASELINE, UPPER):
+                    share = estimate(lambda a, b, u: (a - b) / (u - b), arms[name], arms[BASELINE], arms[UPPER])
+                    report["shares"].setdefault(name, {})[figure] = share
+    return report
+
+
+def table(report: Mapping[str, Any], against: Sequence[str]) -> str:
+    """Markdown: figures of the arms, their differences to each of `against`, and their shares of the gain."""
+    shown = list(next(iter(report["arms"].values())))
+
+    def text(entry: Mapping[str, float] | None, sign: str = "") -> str:
+        if entry is None:
+            return ""
+        p = f", p = {entry['p_holm']:.1g}" if "p_holm" in entry else ""
+        return f"{entry['value']:{sign}.3f} [{entry['low']:{sign}.3f}, {entry['high']:{sign}.3f}]{p}"
+
+    def rows(head: str, of: Mapping[str, Mapping[str, Any]], sign: str = "") -> list[str]:
+        lines = [f"| {head} | {' | '.join(shown)} |", "|---" * (1 + len(shown)) + "|"]
+        for name, entries in of.items():
+            generators = report["arms"][name][shown[0]]["generators"]
+            name = title(name) + (f", {generators} generators" if generators > 1 else "")
+            lines.append(f"| {name} | {' | '.join(text(entries.get(figure), sign) for figure in shown)} |")
+        return [*lines, ""]
+
+    lines = rows("arm", report["arms"])
+    for other in against:
+        cells: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+        for entry in report["differences"]:
+            if entry["against"] == other:
+                cells[entry["arm"]][entry["figure"]] = entry
+        lines += rows(f"minus {title(other)}", cells, "+")
+    return "\n".join([*lines, *rows("share of what further real images gain", report["shares"])])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.generators", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--classify", required=True, help="report.json of eval.classify, its scores beside it")
+    parser.add_argument("--output", required=True, help="JSON file; the tables are printed")
+    parser.add_argument("--against", nargs="+", default=["none", BASELINE], help="arms that all others are set against")
+    parser.add_argument("--resamples", type=int, default=1000, help="(default: 1000)")
+    args = parser.parse_args(argv)
+    report = read_json(args.classify)
+    runs = figures.read_runs(Path(args.classify).parent, report["runs"])
+    drawn = draw(runs, report["settings"]["negative"], args.resamples)
+    known = {name_and_number(one.condition)[0] for one in runs}
+    if unknown := [arm for arm in args.against if arm not in known]:
+        raise InputError(f"--against {' '.join(unknown)}: {args.classify} has {', '.join(sorted(known))}")
+    found = summarise(drawn, args.against)
+    write_json(args.output, {"resamples": args.resamples} | found)
+    print(table(found, args.against))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

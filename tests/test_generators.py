@@ -1,0 +1,90 @@
+"""Several generators as one arm: their mean, and what three of them can tell."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from eval_samples import make_run
+
+from benchmarks import generators
+from eval import statistics
+from eval.figures import Run
+from tiger.errors import InputError
+from tiger.files import read_json, write_json
+
+
+def study(gains: tuple[float, ...], seeds: int = 3) -> list[Run]:
+    """Two plain arms, and as many generators as there are gains."""
+    runs = [make_run("oversampling", 0.5, seed, noise=seed) for seed in range(seeds)]
+    runs += [make_run("real_upper", 1.7, seed, noise=seed) for seed in range(seeds)]
+    for number, gain in enumerate(gains):
+        runs += [make_run(f"tiger_f_{number}", gain, seed, noise=seed) for seed in range(seeds)]
+    return runs
+
+
+def difference(runs: list[Run]) -> dict[str, float]:
+    found = generators.summarise(generators.draw(runs, "benign", 300), ["oversampling"])
+    return next(one for one in found["differences"] if (one["arm"], one["figure"]) == ("tiger_f", "benign-FTC"))
+
+
+def test_generators_are_one_arm_whose_figure_is_their_mean() -> None:
+    runs = study((0.8, 1.1, 1.4))
+    found = generators.summarise(generators.draw(runs, "benign", 300), ["oversampling"])
+    assert list(found["arms"]) == ["oversampling", "real_upper", "tiger_f"]
+    auc = {
+        arm: np.mean([statistics.auc(one.test.y, one.test.p[:, 1]) for one in runs if one.condition.startswith(arm)])
+        for arm in found["arms"]
+    }
+    for arm, entry in found["arms"].items():
+        assert entry["benign-FTC"]["value"] == entry["macro"]["value"] == pytest.approx(auc[arm])
+        assert entry["benign-FTC"]["low"] < auc[arm] < entry["benign-FTC"]["high"]
+    share = (auc["tiger_f"] - auc["oversampling"]) / (auc["real_upper"] - auc["oversampling"])
+    assert found["shares"]["tiger_f"]["benign-FTC"]["value"] == pytest.approx(share, rel=1e-6)
+    of_figure = [one for one in found["differences"] if one["figure"] == "macro"]
+    assert [one["p_holm"] for one in of_figure] == pytest.approx(statistics.holm([one["p"] for one in of_figure]))
+
+
+def test_generators_that_disagree_weaken_a_test() -> None:
+    alike, apart = difference(study((1.1, 1.1, 1.1))), difference(study((0.6, 1.1, 1.6)))
+    assert alike["value"] == pytest.approx(apart["value"], abs=0.03)
+    assert alike["p"] < 1e-4 and 0.01 < apart["p"] < 0.3  # all three are above, and three are few
+    one = difference(study((1.1,)))
+    assert one["high"] - one["low"] == pytest.approx(alike["high"] - alike["low"], rel=0.05)
+
+
+def test_a_missing_training_and_an_unknown_arm_are_refused(tmp_path: Path) -> None:
+    runs = study((0.8, 1.1))
+    with pytest.raises(InputError, match=r"arm tiger_f: needs one training .* generators \[0, 1\], seeds \[0, 1, 2\]"):
+        generators.draw(runs[:-1], "benign", 10)
+    arguments = ["--classify", str(tmp_path / "report.json"), "--output", str(tmp_path / "out.json")]
+    save(runs, tmp_path)
+    with pytest.raises(InputError, match="--against sd: .* has oversampling, real_upper, tiger_f"):
+        generators.main([*arguments, "--against", "sd"])
+
+
+def save(runs: list[Run], folder: Path) -> None:
+    """A report and its scores, as eval.classify leaves them."""
+    names = []
+    for one in runs:
+        names.append(f"{one.condition}-seed{one.seed}")
+        scores = {
+            "file_name": one.test.file_names,
+            "patient_id": one.test.patients,
+            "label": [one.classes[c] for c in one.test.y],
+            "probabilities": one.test.p.tolist(),
+        }
+        settings = {"arm": one.condition, "task": one.task, "seed": one.seed, "fold": one.fold}
+        about = {"settings": settings, "condition": one.condition, "classes": one.classes}
+        write_json(folder / "scores" / f"{names[-1]}.json", about | {"test": scores})
+    write_json(folder / "report.json", {"runs": names, "settings": {"negative": "benign"}})
+
+
+def test_tables_are_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(study((0.8, 1.1)), tmp_path)
+    output = tmp_path / "out.json"
+    generators.main(["--classify", str(tmp_path / "report.json"), "--output", str(output), "--against", "oversampling"])
+    told = capsys.readouterr().out
+    entry = read_json(output)["arms"]["tiger_f"]["benign-FTC"]
+    assert f"| Tiger-F, 2 generators | {entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}] |" in told
+    assert "| minus oversampling | benign-FTC | macro |" in told
+    assert "| share of what further real images gain | benign-FTC | macro |" in told
