@@ -28,7 +28,6 @@ for fold in 0 1 2 3; do
         --scheduler dpmsolver++ --guidance_scale 2 --batch_size 25 --output_dir "$R/generated$fold" --seed 0
 done
 
-# The share of synthetic images is chosen on valid, in each training.
 python -m eval.classify --real "$R/data/rare{fold}.jsonl" --fake "$R/generated{fold}" \
-    --extra_real "$R/data/rare{fold}_rest.jsonl" --folds 4 --knowledge breast --seeds 0,1,2 --share auto \
+    --extra_real "$R/data/rare{fold}_rest.jsonl" --folds 4 --knowledge breast --seeds 0,1,2 --share 0.5 \
     --model resnet18 --image_size 64 --max_train_steps 200 --output "$R/classify/report.json"
