@@ -29,9 +29,9 @@ apt_install() {
     fail "$reason: run 'sudo $command', then this command again"
 }
 
-# find_python: print the first interpreter that is at least 3.11
+# find_python: print the first interpreter that is at least 3.11; those below 3.13 first, where every package runs
 find_python() {
-    local candidate version seen="" candidates=(python3.13 python3.12 python3.11 python3)
+    local candidate version seen="" candidates=(python3.12 python3.11 python3.13 python3)
     if [ -n "${PYTHON:-}" ]; then candidates=("$PYTHON"); fi
     for candidate in "${candidates[@]}"; do
         version=$("$candidate" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || continue

@@ -259,7 +259,7 @@ def render(dataset: Dataset, file: str, options: Options, result: Result) -> dic
     """File name → image for each frame and region; what is learnt of the file goes into `result`. Raises Unusable."""
     result.removed = set(attributes(dataset))
     if dataset.get("Modality") not in options.modalities:
-        raise Unusable("of another modality")
+        raise Unusable("of another modality (--modalities)")
     regions = scan_regions(dataset)
     result.cropped = bool(regions)
     result.patient, result.patient_known = patient_code(options.key, dataset)

@@ -68,7 +68,7 @@ def measure(net: AttributeNet, images: np.ndarray, stated: list[dict[str, str]])
 def train(args: argparse.Namespace, command: str) -> None:
     """Train on split `train`, watch and measure on `test`, save."""
     torch.manual_seed(args.seed)
-    knowledge = Knowledge.load("thyroid")
+    knowledge = Knowledge.load(args.knowledge)
     train_rows, held_out = read_split(args.data_dir, "train"), read_split(args.data_dir, "test")
     stated = {name for row in train_rows.rows for name in row.attributes}
     categories = {name: list(category.terms) for name, category in knowledge.categories.items() if name in stated}
@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     t = modes.add_parser("train", formatter_class=show_defaults, allow_abbrev=False)
     t.add_argument("--data_dir", required=True, help="manifest with attributes, condition_fg and splits train, test")
     t.add_argument("--output_dir", required=True, help="folder for config.json, model.safetensors, metrics.json")
+    t.add_argument("--knowledge", default="thyroid", help="knowledge base whose terms it is to tell apart")
     t.add_argument("--max_train_steps", type=int, default=10000, help="optimizer steps")
     t.add_argument("--train_batch_size", type=int, default=32, help="images")
     t.add_argument("--learning_rate", type=float, default=2e-3, help="peak; warm-up, then cosine to 0")

@@ -4,6 +4,9 @@
 
 Each figure stands between a floor, the same images judged against another image's request, and a ceiling, the same
 judge on held-out real images, whose classes are weighted as those of the generated ones. Judges see the image alone.
+
+The judges in assets/judges know synthetic thyroid ultrasound only: on other images their figures mean nothing. Train
+some on yours with `python -m eval.segment train` and `python -m eval.attributes train`, and give them by --judges.
 """
 
 import argparse
@@ -19,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from eval import statistics
-from eval.attributes import encode
 from eval.images import (
     group_of,
     load_images,
@@ -37,6 +39,7 @@ from eval.judges import (
     load_segmenter,
     mask_iou,
     predict_attributes,
+    refuse_strangers,
     segment,
     trained_by,
 )
@@ -167,8 +170,6 @@ def attribute_control(
     net: AttributeNet, fake: Manifest, real: Manifest, patient_of: Mapping[str, str], knowledge: Knowledge
 ) -> dict[str, Any]:
     """Share of the attributes in a row, or else in its prompt, that the attribute net sees in the image."""
-    encode(fake, net.categories)
-    encode(real, net.categories)
     seen, real_seen = (predict_attributes(net, load_images(rows, net.resolution)) for rows in (fake, real))
     asked, real_asked = (
         [dict(row.attributes) or knowledge.parse(row.text).attributes for row in rows.rows] for rows in (fake, real)
@@ -231,10 +232,14 @@ def main(argv: list[str] | None = None) -> None:
     labels = {row.label for row in fake.rows} & {row.label for row in real.rows}
     if not labels:
         raise InputError(f"{fake.path}: no class in common with split '{args.split}' of {real.path}")
+    for rows in (fake, real):
+        for column in ("condition_fg", "condition_bg"):
+            require_column(rows, column)
+    knowledge = Knowledge.load(args.knowledge)
+    refuse_strangers(Path(args.judges), attribute_net, (fake, real), knowledge)
     if args.dry_run:
         print(f"{len(fake.rows)} generated and {len(real.rows)} real images: fine; nothing judged")
         return
-    knowledge = Knowledge.load(args.knowledge)
     report = {
         "command": f"python -m eval.control {shlex.join(sys.argv[1:] if argv is None else argv)}",
         "n": {"generated": len(fake.rows), "real": len(real.rows)},

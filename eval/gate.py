@@ -14,6 +14,10 @@ Scores, each higher for better images:
 An image is rejected where a score lies below the bound that `--quantile` of the real validation images miss, or below
 `--min_<score>`. Test images have no part in it. The manifest of --fake stays as it is: OUTPUT lists what is kept,
 OUTPUT's name with `_rejected` the rest with reasons, and with `.json` the bounds; rows carry their scores as `gate`.
+
+`attributes` and `mask` are by the nets of --judges. Those in assets/judges know synthetic thyroid ultrasound only: for
+other images train some with `python -m eval.attributes train` and `python -m eval.segment train`, or leave both out:
+--scores realism novelty usefulness.
 """
 
 import argparse
@@ -28,8 +32,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.features import features_of, load_extractor
-from eval.images import load_images, load_masks, patients_of, read_split, select_split
-from eval.judges import load_attribute_net, load_segmenter, mask_iou, predict_attributes, segment, trained_by
+from eval.images import load_images, load_masks, patients_of, read_split, require_column, select_split
+from eval.judges import (
+    load_attribute_net,
+    load_segmenter,
+    mask_iou,
+    predict_attributes,
+    refuse_strangers,
+    segment,
+    trained_by,
+)
 from eval.leakage import refuse_leakage
 from eval.metrics import K, distances, nearest
 from eval.quality import add_extractor
@@ -233,6 +245,17 @@ def check_arguments(args: argparse.Namespace) -> Path:
     return output
 
 
+def check_judges(args: argparse.Namespace, fake: Manifest, real: Manifest) -> None:
+    """Raise InputError where the rows lack what the nets' scores need, or the nets were trained on other images."""
+    if "attributes" in args.scores:
+        judges = Path(args.judges)
+        net, knowledge = load_attribute_net(judges / "attributes"), Knowledge.load(args.knowledge)
+        refuse_strangers(judges, net, (fake, real), knowledge, ", or --scores realism novelty usefulness")
+    if "mask" in args.scores:
+        for rows in (fake, real):
+            require_column(rows, "condition_fg")
+
+
 def score(
     args: argparse.Namespace, train: Manifest, fake: Manifest, real: Manifest
 ) -> dict[str, tuple[Values, Values]]:
@@ -287,6 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     every, fake = read_split(args.real, None, synthetic=False), read_split(args.fake, None, synthetic=True)
     refuse_leakage(every, [fake])
     train, real = select_split(every, "train"), select_split(every, "valid")
+    check_judges(args, fake, real)
     if args.dry_run:
         print(f"{len(fake.rows)} generated images, bounds from {len(real.rows)} real ones: fine; nothing scored")
         return

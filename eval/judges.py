@@ -9,6 +9,7 @@ A judge on disk is a folder with `config.json` (how to build it) and `model.safe
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch.nn import functional as F
 
 from tiger.errors import InputError
 from tiger.files import atomic_path, read_json, write_json
+from tiger.knowledge import Knowledge
+from tiger.manifest import Manifest
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -167,6 +170,34 @@ def load_attribute_net(folder: str | Path) -> AttributeNet:
     net = AttributeNet(**config)
     net.load_state_dict(tensors)
     return net.eval()
+
+
+def refuse_strangers(
+    judges: Path, net: AttributeNet, sets: Iterable[Manifest], knowledge: Knowledge, otherwise: str = ""
+) -> None:
+    """Raise InputError where the rows of a set speak of other things than `net`, of the folder `judges`, was taught.
+
+    That is: they state terms that it does not know in categories that it does, or nothing at all that it knows. What
+    looks different under the same words, as real images do beside synthetic ones, goes unnoticed.
+    """
+    for rows in sets:
+        stated = {
+            item: row.file_name
+            for row in rows.rows
+            for item in (row.attributes or knowledge.parse(row.text).attributes).items()
+        }
+        known = [item for item in stated if item[0] in net.categories]
+        strange = [item for item in known if item[1] not in net.categories[item[0]]]
+        if strange or not known:
+            what = "no row states an attribute that it knows"
+            if strange:
+                category, term = strange[0]
+                what = f"it does not know the {category} {term!r} of {stated[strange[0]]}"
+            raise InputError(
+                f"{rows.path}: --judges {judges} was trained on other images: {what}; give --judges a folder with "
+                "attributes/ and segmenter/ trained on yours by `python -m eval.attributes train --knowledge NAME` and "
+                f"`python -m eval.segment train`{otherwise}"
+            )
 
 
 @torch.inference_mode()

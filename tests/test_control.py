@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tiger.errors import InputError
 from tiger.files import write_json
 from tiger.manifest import Manifest
 
+JUDGES = Path(__file__).resolve().parents[1] / "assets" / "judges"
 COUNTS = {"test": {"benign": 9, "FTC": 6}}
 
 
@@ -158,8 +160,33 @@ def test_command_writes_a_report(folders: tuple[Manifest, Manifest], tmp_path: P
     assert report["judges"]["segmenter"] == {"folder": str(tmp_path / "judges" / "segmenter"), "command": "train it"}
     assert report["judges"]["attributes"]["command"] == ""  # nobody wrote down how it was made
     assert set(report) >= {"mask_iou", "sobel_correlation", "attribute_agreement"}
+    control.main([*given, "--output", str(tmp_path / "dry.json"), "--dry_run"])
+    assert not (tmp_path / "dry.json").exists()
     with pytest.raises(InputError, match="no config.json; train this judge first"):
         control.main([*given[:4], "--judges", str(tmp_path), "--output", str(tmp_path / "c.json")])
     manifest.write(real.root / "metadata.jsonl", [replace(row, label="MTC") for row in real.rows])
     with pytest.raises(InputError, match="no class in common"):
         control.main([*given, "--output", str(tmp_path / "c.json")])
+
+
+@pytest.mark.parametrize("name", ["fake", "real"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"condition_fg": None}, "column 'condition_fg' is needed"),
+        ({"condition_bg": None}, "column 'condition_bg' is needed"),
+        ({"attributes": {"margin": "spiculated"}}, "does not know the margin 'spiculated' of images/"),
+        ({"attributes": {"orientation": "parallel"}}, "no row states an attribute that it knows"),
+    ],
+)
+def test_a_dry_run_finds_what_would_stop_a_run(
+    folders: tuple[Manifest, Manifest], tmp_path: Path, name: str, change: dict[str, Any], message: str
+) -> None:
+    """With the judges of assets/judges, which are the default."""
+    changed = folders[("fake", "real").index(name)]
+    manifest.write(changed.path, [replace(row, **change) for row in changed.rows])
+    argv = ["--fake", str(folders[0].root), "--real", str(folders[1].root), "--output", str(tmp_path / "c.json")]
+    with pytest.raises(InputError, match=message) as error:
+        control.main([*argv, "--judges", str(JUDGES), "--dry_run"])
+    assert str(error.value).startswith(str(changed.path))
+    assert "attributes" not in change or "python -m eval.attributes train" in str(error.value)

@@ -1,6 +1,7 @@
 """DICOM in: codings, windows, regions and clips come out as a viewer shows them, and nothing names the patient."""
 
 import csv
+import importlib.util
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, UltrasoundMultiFrameImageStorage, generate_uid
 
-from data import dicom
+from data import burned_in, dicom
 from data.burned_in import blacken, text_boxes
 from data.prepare import main
 from tiger.errors import InputError, run
@@ -31,6 +32,9 @@ COLOUR_BARS = [  # one picture in many codings
     "SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_jpeg_lossy_gdcm.dcm", "SC_ybr_full_422_uncompressed.dcm", "SC_rgb_rle_16bit.dcm",
     "SC_rgb_rle_2frame.dcm",
 ]  # fmt: skip
+needs_reader = pytest.mark.skipif(
+    importlib.util.find_spec("rapidocr_onnxruntime") is None, reason="rapidocr-onnxruntime is not here"
+)
 
 
 def bundled(name: str) -> Path:
@@ -193,6 +197,7 @@ def test_frames_are_spread_over_a_clip():
 # --------------------------------------------------------------------------------------------------------------- text
 
 
+@needs_reader
 def test_rendered_text_is_found_and_masked():
     """The bar is one miss in twelve: letters of 10 px are at the limit. Clean speckle stays as it is."""
     found = 0
@@ -208,6 +213,23 @@ def test_rendered_text_is_found_and_masked():
         if seed < 3:
             assert not text_boxes(clean)
     assert found >= 11
+
+
+def test_a_missing_reader_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)
+    burned_in._reader.cache_clear()
+    make(tmp_path / "in" / "a", speckle(1, 40, 60))
+    assert deidentify(tmp_path) == 2
+    (told,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert "needs the package rapidocr-onnxruntime (Python below 3.13)" in told and "--text keep" in told
+
+
+def test_the_lock_asks_for_the_reader_only_where_it_runs():
+    """Without its marker, not one package is installed on a Python that the reader does not support."""
+    pins = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    (pin,) = (line for line in pins if line.startswith("rapidocr"))
+    (wish,) = (line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("rapidocr"))
+    assert pin.partition(";")[2] == wish.partition(";")[2] != ""
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder
@@ -258,6 +280,7 @@ def planted(path: Path, pixels: np.ndarray, **attributes: Any) -> Path:
     return path
 
 
+@needs_reader
 def test_nothing_identifying_in_any_output(tmp_path: Path):
     source = tmp_path / "in" / NAME
     whole = write_text(speckle(1), NAME, 20, 8)  # a banner above the scan area
@@ -295,8 +318,9 @@ def test_nothing_identifying_in_any_output(tmp_path: Path):
             assert set(png_chunks(path)) == {b"IHDR", b"IDAT", b"IEND"}
     assert not any(secret in (done.stdout + done.stderr).lower() for secret in secrets)
     told = report(tmp_path)
-    assert told["left_out"]["of another modality"] and told["left_out"]["no DICOM file"] and len(rows) == 3
-    assert told["left_out"]["damaged: ValueError"]
+    assert len(rows) == 3
+    for why in ("of another modality (--modalities)", "no DICOM file", "damaged: ValueError"):
+        assert told["left_out"][why]
     assert {
         "PatientName",
         "private",
@@ -348,6 +372,7 @@ def test_codes_follow_the_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert deidentify(tmp_path, "--key_file", str(inside)) == 2 and "lies in the output" in capsys.readouterr().err
 
 
+@needs_reader
 def test_clips_regions_and_refusal(tmp_path: Path):
     clip = np.stack([np.full((60, 90), level, np.uint8) for level in range(10, 100, 10)])
     scan = Sequence([region(0, 0, 39, 59), region(50, 0, 89, 59)])
@@ -395,6 +420,8 @@ def test_an_export_without_images_is_an_error(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "in" / "a").write_text("hello")
     assert deidentify(tmp_path) == 2 and "none of 1 files gave an image (1: no DICOM file)" in capsys.readouterr().err
     assert report(tmp_path)["left_out"] == {"no DICOM file": [1]}
+    (tmp_path / "in" / "a").write_bytes(bundled("CT_small.dcm").read_bytes())
+    assert deidentify(tmp_path) == 2 and "1: of another modality (--modalities)" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         deidentify(tmp_path, "--frames", "-1")
     assert stop.value.code == 2

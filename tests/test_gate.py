@@ -15,10 +15,11 @@ from eval.features import resize
 from eval.images import load_masks
 from eval.judges import AttributeNet, Segmenter, save_judge
 from tiger import manifest
-from tiger.errors import run
+from tiger.errors import InputError, run
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest
 
+JUDGES = Path(__file__).resolve().parents[1] / "assets" / "judges"
 COUNTS = {"train": {"benign": 16, "FTC": 12}, "valid": {"benign": 10, "FTC": 8}, "test": {"benign": 4, "FTC": 4}}
 
 
@@ -220,3 +221,24 @@ def test_images_made_from_test_rows_are_refused(
     manifest.write(fake.path, [replace(row, derived_from=(source,)) for row in fake.rows])
     assert run(gate.main, command(real, fake, judges)) == 2
     assert "derived from valid or test" in capsys.readouterr().err
+
+
+def test_images_that_the_judges_were_not_trained_on_are_refused(
+    real: Manifest, fake: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rows in (real, fake):
+        manifest.write(rows.path, [replace(row, attributes={"margin": "spiculated"}) for row in rows.rows])
+    assert run(gate.main, command(real, fake, JUDGES, "--dry_run")) == 2
+    told = capsys.readouterr().err
+    assert "does not know the margin 'spiculated'" in told
+    assert "or --scores realism novelty usefulness" in told
+    assert run(gate.main, command(real, fake, JUDGES, "--scores", "realism", "novelty", "usefulness")) == 0
+    with pytest.raises(SystemExit):
+        gate.main(["--help"])
+    assert "know synthetic thyroid ultrasound only" in capsys.readouterr().out
+
+
+def test_a_dry_run_looks_for_masks(real: Manifest, fake: Manifest, judges: Path) -> None:
+    manifest.write(real.path, [replace(row, condition_fg=None) for row in real.rows])
+    with pytest.raises(InputError, match="column 'condition_fg' is needed"):
+        gate.main(command(real, fake, judges, "--dry_run"))

@@ -415,7 +415,7 @@ def bad_input(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--count", "FTC=1,FTC=2"], "FTC appears twice"),
         (["--count", "FTC=1", "--shard", "2/2"], "k from 0 to n-1"),
         (["--count", "ATC=1", "--prompts", "train"], "no training row of this class"),
-        (["--count", "ATC=1", "--mode", "refine"], "no training row of this class"),
+        (["--count", "ATC=1", "--mode", "refine"], "should come from there; give --mode diversify"),
         (["--count", "FTC=1", "--strength", "0.5"], "is for --mode refine only"),
         (["--count", "FTC=1", "--mode", "refine", "--prompts", "names"], "keeps each real image's own prompt"),
         (["--count", "FTC=1", "--guidance_scale", "0.5"], "must be at least 1"),
@@ -709,8 +709,10 @@ def test_shards_hide_no_copy_of_a_held_out_image(data: Manifest, tmp_path: Path)
 
 def test_missing_conditions_are_named(data: Manifest, tmp_path: Path) -> None:
     bare = Manifest(data.path, tuple(Row(r.file_name, r.text_fg, r.text_bg, label=r.label) for r in data.rows))
-    with pytest.raises(InputError, match="data.prepare conditions"):
-        planner(bare, prompts="knowledge").check("FTC")
+    for prompts in ("train", "knowledge"):  # neither leads to the other: masks come first
+        with pytest.raises(InputError, match="data.prepare segmenter predict.*data.prepare conditions") as error:
+            planner(bare, prompts=prompts).check("FTC")
+        assert "--prompts" not in str(error.value)
 
 
 def test_an_image_does_not_depend_on_how_many_are_asked_for(data: Manifest, model: str, tmp_path: Path) -> None:

@@ -197,8 +197,17 @@ def test_check_wants_conditions_only_for_the_fine_stage(data: Path):
     check(read(data), conditions=False)
     with pytest.raises(InputError) as error:
         check(read(data), conditions=True)
-    assert "has no condition_fg" in problems_of(error)
-    assert "data.prepare conditions" in problems_of(error)
+    for expected in ("has no condition_fg", "segmenter predict", "--lesion_weight 1", "data.prepare conditions"):
+        assert expected in problems_of(error)
+
+
+def test_only_the_first_problems_are_listed(tmp_path: Path):
+    write_lines(tmp_path, *({"file_name": f"{n}.png"} for n in range(30)))  # without texts: two problems each
+    with pytest.raises(InputError) as error:
+        read(tmp_path)
+    lines = str(error.value).splitlines()
+    assert lines[0].endswith("60 problems:") and len(lines) == 22
+    assert f"and 40 more: python -m data.prepare check --data_dir {tmp_path}" in lines[-1]
 
 
 def test_check_compares_texts_with_the_knowledge_base(data: Path):
@@ -208,6 +217,10 @@ def test_check_compares_texts_with_the_knowledge_base(data: Path):
         check(read(data), conditions=False, knowledge=Knowledge.load("thyroid"))
     for expected in ("contradicts itself", "label 'PTC', but the text says benign", "attribute composition: 'gas'"):
         assert expected in problems_of(error)
+    write_lines(data, row | {"text_fg": "solid", "label": "malignant", "attributes": {"composition": "gas"}})
+    with pytest.raises(InputError) as error:
+        check(read(data), conditions=False, knowledge=Knowledge.load("thyroid"))
+    assert problems_of(error).count("mend it, or name another vocabulary by --knowledge") == 2
 
 
 def test_check_refuses_patients_in_two_splits(tmp_path: Path):
@@ -221,7 +234,8 @@ def test_check_refuses_patients_in_two_splits(tmp_path: Path):
 
 
 @needs_samples
-def test_check_names_every_defect_of_the_published_samples():
+def test_check_names_every_defect_of_the_published_samples(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tiger.manifest.MOST_SHOWN", 1000)
     with pytest.raises(InputError) as error:
         check(read(SAMPLES / "init_image"), conditions=True, knowledge=Knowledge.load("thyroid"))
     message = problems_of(error)

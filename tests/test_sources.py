@@ -325,6 +325,34 @@ def test_folder_says_what_is_wrong_with_a_mapping(tmp_path: Path, capsys: pytest
         assert told in capsys.readouterr().err
 
 
+def test_folder_says_how_to_read_a_table_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "in" / "metadata.csv"
+    columns = "say by --columns which is which, as in --columns image=Bild label=Diagnose"
+    for mark, told in (
+        (",", f"Bild, Diagnose; {columns}"),
+        (";", f"Bild;Diagnose; separate its cells by commas, and {columns}"),
+    ):
+        write_csv(path, f"Bild{mark}Diagnose", f"a.png{mark}gutartig")
+        assert build("folder", tmp_path) == 2
+        assert told in capsys.readouterr().err
+    path.write_bytes("file_name,label\na.png,bösartig\n".encode("latin-1"))
+    assert build("folder", tmp_path) == 2
+    assert "save it as UTF-8" in capsys.readouterr().err
+
+
+def test_folder_names_each_unknown_label_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save(tmp_path / "in" / "a.png", speckle(1, 40, 48))
+    diagnoses = ("gutartig", "gutartig", "bösartig", "benign", "")
+    write_csv(tmp_path / "in" / "metadata.csv", "file_name,label", *(f"a.png,{name}" for name in diagnoses))
+    assert build("folder", tmp_path) == 2
+    (told,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert "label 'gutartig' (2 of 5 rows), 'bösartig' (1 of 5 rows) is not one of benign, PTC" in told
+    assert told.endswith("map it by --labels 'gutartig=…' 'bösartig=…', or name another vocabulary by --knowledge")
+    assert not (tmp_path / "out").exists()
+    assert build("folder", tmp_path, "--labels", "gutartig=bening", "bösartig=PTC") == 2  # a slip in the mapping
+    assert "label 'bening' (2 of 5 rows) is not" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not XRAYS.is_dir(), reason="the paediatric chest x-rays are not here")
 def test_folder_on_real_chest_xrays(tmp_path: Path):
     lines = (XRAYS / "labels.csv").read_text(encoding="utf-8").splitlines()

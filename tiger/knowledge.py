@@ -239,7 +239,8 @@ class Knowledge:
 
     def _check_label(self, label: str) -> None:
         if label not in self.subtypes:
-            raise InputError(f"label {label!r} is not one of {list(self.subtypes)} ({self.organ} knowledge base)")
+            known = f"{list(self.subtypes)} ({self.organ} knowledge base)"
+            raise InputError(f"label {label!r} is not one of {known}: name another vocabulary by --knowledge")
 
     def excluded(self, term: str, attributes: dict[str, str]) -> bool:
         """Whether `term` cannot be true of a lesion that has `attributes`."""

@@ -25,6 +25,7 @@ from tiger.knowledge import Knowledge, Parsed
 
 FILE_NAME = "metadata.jsonl"
 SPLITS = ("train", "valid", "test")
+MOST_SHOWN = 20  # problems that one error lists
 FILE_COLUMNS = ("file_name", "condition_fg", "condition_bg", "organ_mask")
 # Names that the published code and other tools use for the same columns.
 ALIASES = {
@@ -289,11 +290,14 @@ def column_problem(column: str, value: Any) -> str | None:
 
 
 def refuse(path: Path, problems: Sequence[str]) -> None:
-    """One InputError for all problems, or nothing."""
+    """One InputError for all problems, of which it lists the first MOST_SHOWN, or nothing."""
     if len(problems) == 1:
         raise InputError(f"{path}: {problems[0]}")
     if problems:
-        raise InputError("\n  ".join([f"{path}: {len(problems)} problems:", *problems]))
+        shown, more = list(problems[:MOST_SHOWN]), len(problems) - MOST_SHOWN
+        if more > 0:
+            shown.append(f"and {more} more: python -m data.prepare check --data_dir {path} --output FILE lists all")
+        raise InputError("\n  ".join([f"{path}: {len(problems)} problems:", *shown]))
 
 
 # ------------------------------------------------------------------------------------------------------------ checking
@@ -306,10 +310,11 @@ def check(
     knowledge: Knowledge | None = None,
     on_row: Callable[[], object] = lambda: None,
 ) -> None:
-    """Open every file and raise one InputError that lists each bad row and what would mend it.
+    """Open every file and raise one InputError on the bad rows and what would mend them. See `refuse`.
 
     Args:
-        conditions: whether masks and Sobel maps are needed (fine training). Those that rows name are always checked.
+        conditions: whether masks and Sobel maps are needed (fine training, and coarse training that weighs the lesion).
+            Those that rows name are always checked.
         knowledge: with it, texts that contradict themselves, and labels and attributes unknown to it, are listed too.
         on_row: called once a row, for a progress bar.
     """
@@ -449,17 +454,18 @@ def text_problems(row: Row, knowledge: Knowledge | None) -> Iterator[Problem]:
     """Contradictions within the texts, and between texts, label and attributes; none without a knowledge base."""
     if knowledge is None:
         return
+    remedy = "mend it, or name another vocabulary by --knowledge"
     said = parsed(knowledge, row.text)
     for contradiction in said.contradictions:
         yield Problem("contradiction", f"the text contradicts itself, {contradiction}: keep one")
     if row.label is not None and row.label not in knowledge.subtypes:
         known = f"the {knowledge.organ} knowledge base ({', '.join(knowledge.subtypes)})"
-        yield Problem("unknown_label", f"label {row.label!r} is not in {known}: mend it, or use another")
+        yield Problem("unknown_label", f"label {row.label!r} is not in {known}: {remedy}")
     elif row.label is not None and said.label is not None and said.label != row.label:
         yield Problem("label_and_text", f"label {row.label!r}, but the text says {said.label}: mend one")
     for category, term in row.attributes.items():
         if category not in knowledge.categories or term not in knowledge.categories[category].terms:
-            message = f"attribute {category}: {term!r} is not in the {knowledge.organ} knowledge base"
+            message = f"attribute {category}: {term!r} is not in the {knowledge.organ} knowledge base: {remedy}"
             yield Problem("unknown_attribute", message)
 
 
@@ -470,7 +476,11 @@ def file_problems(
     problems: list[Problem] = []
     images: dict[str, Image.Image] = {}
     if conditions and row.condition_fg is None:
-        problems.append(Problem("no_mask", "has no condition_fg: fine training needs a nodule mask"))
+        message = (
+            "has no condition_fg, the lesion's mask: write masks with python -m data.prepare segmenter predict; only "
+            "coarse training goes without, by --lesion_weight 1"
+        )
+        problems.append(Problem("no_mask", message))
     if conditions and row.condition_bg is None:
         command = f"python -m data.prepare conditions --data_dir {root}"
         problems.append(Problem("no_map", f"has no condition_bg: write the maps with {command}"))

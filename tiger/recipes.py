@@ -93,15 +93,17 @@ class Planner:
             raise InputError(
                 f"--count: unknown class '{label}'; known are {', '.join(known)} (--knowledge names the organ)"
             )
+        if not self.backgrounds:
+            raise InputError(
+                f"{self.train.path}: no training row of a common class has both condition_fg and condition_bg, from "
+                "which masks and backgrounds are taken; make the masks with `python -m data.prepare segmenter "
+                "predict`, then the maps with `python -m data.prepare conditions`"
+            )
         if self.source(label) in ("train", "estimated") and not self.rows_of(label):
             raise InputError(
                 f"--count {label}: {self.train.path} has no training row of this class with condition_fg and "
-                "condition_bg, and its prompts should come from there; give --prompts knowledge"
-            )
-        if not self.backgrounds:
-            raise InputError(
-                f"{self.train.path}: no training row of a common class has condition_fg and condition_bg, from which "
-                "masks and backgrounds are taken; make them with `python -m data.prepare conditions`"
+                "condition_bg, and its prompts should come from there; give "
+                + ("--mode diversify" if self.mode == "refine" else "--prompts knowledge")
             )
 
     def recipe(self, label: str, number: int) -> Recipe:

@@ -15,7 +15,9 @@ python -m data.prepare build --source folder --input saved --output_dir runs/min
 """
 
 import io
+import shlex
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image
@@ -38,6 +40,7 @@ from tiger.errors import InputError
 from tiger.knowledge import Knowledge
 from tiger.manifest import Row, column_problem
 
+MOST_NAMED = 8  # unknown labels that an error names
 Picture = Path | str | bytes  # a file below the input folder, or the content of one
 
 
@@ -50,7 +53,7 @@ def build(
     A free-text report in `text` is split into foreground and background; what it says that the knowledge base does not
     know is printed. Without any text the prompt is made of the label. Pictures that lie in the table itself are called
     by its line. Images of more than 8 bits are scaled alike, by the bits that the brightest of them needs. Raises one
-    InputError that lists every bad row.
+    InputError that names every unknown label, else one that lists every bad row.
 
     Args:
         table, columns: see `read_table`.
@@ -78,9 +81,31 @@ def build(
 
     with tempfile.TemporaryDirectory(prefix="tables-") as scratch:
         records = read_table(input_dir, table, columns, Path(scratch))
-        numbers = tqdm(range(len(records)), desc="bits", unit="image")
-        white = white_level(brightest_of(records[number], input_dir) for number in numbers)
+        given: Counter[str] = Counter()
+        highest: list[int] = []
+        for number in tqdm(range(len(records)), desc="bits", unit="image"):
+            record = records[number]
+            given[record.get("label", "")] += 1
+            highest.append(brightest_of(record, input_dir))
+        refuse_unknown(given, labels or {}, knowledge, input_dir)
+        white = white_level(highest)
         return collect_rows(row, list(enumerate(range(len(records)), 2)), "folder", input_dir)
+
+
+def refuse_unknown(given: Counter[str], labels: Names, knowledge: Knowledge, where: Path) -> None:
+    """Raise InputError where a label in the table, of which `given` has the counts, is none of the knowledge base's."""
+    strange = [
+        (label, count) for label, count in given.most_common()
+        if label and labels.get(label, label) not in knowledge.subtypes
+    ]  # fmt: skip
+    if strange:
+        shown, more = strange[:MOST_NAMED], len(strange) - MOST_NAMED
+        named = [f"{labels.get(label, label)!r} ({count} of {given.total()} rows)" for label, count in shown]
+        raise InputError(
+            f"{where}: label {', '.join(named)}{f' and {more} more' if more > 0 else ''} is not one of "
+            f"{', '.join(knowledge.subtypes)} ({knowledge.organ} knowledge base): map it by --labels "
+            f"{' '.join(shlex.quote(f'{label}=…') for label, _ in shown)}, or name another vocabulary by --knowledge"
+        )
 
 
 def stem_of(path: Path) -> str:

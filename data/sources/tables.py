@@ -45,7 +45,12 @@ def read_table(input_dir: Path, table: str | None, columns: Names | None, cache_
     if SPLIT in found:
         source.setdefault("split", SPLIT)
     if missing := sorted(set(source.values()) - found):
-        raise InputError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(sorted(found))}")
+        lone = len(found) == 1 and any(mark in name for name in found for mark in ";\t")
+        raise InputError(
+            f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(sorted(found))}; "
+            + ("separate its cells by commas, and " if lone else "")
+            + "say by --columns which is which, as in --columns image=Bild label=Diagnose"
+        )
     if not columns and (extra := found - {SPLIT, *source.values()}):
         raise InputError(
             f"{path}: has columns {sorted(extra)}; use {sorted(COLUMNS)}, or say by --columns which are which"

@@ -78,7 +78,9 @@ def read_csv(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
             reader = csv.DictReader(file, strict=True)
             lines = [{name: (cell or "").strip() for name, cell in line.items() if name} for line in reader]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 CSV ({error}): download it again") from error
+        raise InputError(
+            f"{path}: cannot be read as UTF-8 CSV ({error}): save it as UTF-8, or download it again"
+        ) from error
     if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
         raise InputError(f"{path}: has no column {', '.join(missing)}: give the published table")
     return lines
