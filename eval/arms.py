@@ -54,10 +54,18 @@ EXTRAPOLATION = 0.5  # DeVries & Taylor 2017, section 3.2
 Group = tuple[float, np.ndarray]  # share of a batch, the rows that it is drawn from
 
 
+def generator_of(arm: str) -> tuple[str, str]:
+    """ "tiger_f_0" -> ("tiger_f", "0"), a method and which of its generators; "" for any other arm."""
+    method, _, number = arm.rpartition("_")
+    known = method in NAMES and method not in (*PLAIN, UPPER)
+    return (method, number) if known and number.isdecimal() else (arm, "")
+
+
 def title(condition: str) -> str:
-    """ "tiger_f, 100 a class" -> "Tiger-F, 100 a class" """
+    """ "tiger_f_0, 100 a class" -> "Tiger-F, generator 0, 100 a class" """
     arm, comma, rest = condition.partition(",")
-    return f"{NAMES.get(arm, arm)}{comma}{rest}"
+    method, number = generator_of(arm)
+    return f"{NAMES.get(method, method)}{number and f', generator {number}'}{comma}{rest}"
 
 
 @dataclass(frozen=True)

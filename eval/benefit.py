@@ -67,7 +67,9 @@ def benefit_section(results: Results) -> str:
         *(operating_table(report, task, text, names) for task, text in titles.items()),
         overall_table(report, names),
         curves(results, titles, names),
-        "<h3>Number of images</h3>" + pools_table(report["n"]),
+        "<h3>Number of images</h3>",
+        "<p>For test in all folds, else the mean of the folds.</p>" if report["settings"]["folds"] else "",
+        pools_table(report["n"]),
         realism_text(report),
     ]
     return section("benefit", "Does a classifier learn the rare classes better?", *parts)

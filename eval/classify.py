@@ -21,16 +21,23 @@ looking synthetic would be a cue to the label; `rare`, the rare classes only; `p
 pool; `pretrain`, synthetic images for the first half of the steps, real ones for the rest.
 
 States, shares (--share auto) and thresholds are chosen on the split `valid`; the split `test` is looked at once. Each
-training leaves its scores in `scores/` beside the report. The same command again goes on, and trains nothing where all
-is done. With --shard k/n it makes the k-th of n parts of the work; whoever finds all done writes the report.
+training leaves its scores in `scores/` beside the report, and the table of a report R/NAME.json's is R/NAME_scores.csv.
+The same command again goes on, and trains nothing where all is done. With --shard k/n it makes the k-th of n parts of
+the work; whoever finds all done writes the report.
+
+--real_share changes what the classifier sees, while the generator saw what it saw. For fewer images there too, train
+both on what `python -m data.prepare subsample` leaves.
 """
 
 import argparse
+import functools
 import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from eval import figures, runs
@@ -47,11 +54,14 @@ from eval.sources import (
     read_sources,
     synthetic_sets,
 )
-from eval.study import ALL, Data, Sources, Trial, classes_of, counts, load, trials
+from eval.study import ALL, Data, Sources, Trial, classes_of, counts, images_added, load, trials
 from tiger.errors import InputError
 from tiger.errors import run as run_main
 from tiger.files import read_json, write_json
 from tiger.knowledge import Knowledge
+
+NEGATIVE = "benign"
+Sizes = dict[str, int]  # class -> images
 
 
 def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -85,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--real", help="manifest of real images with splits train, valid, test", required=True)
     add("--fake", help="manifests of synthetic images, each NAME=DIR, or DIR for tiger_f", nargs="+", default=[])
     add("--extra_real", help="manifest of further real images, for the arm real_upper")
-    add("--output", help="report, JSON; scores/ and scores.csv are written beside it", required=True)
+    add("--output", help="report, JSON; scores/ and NAME_scores.csv are written beside it", required=True)
     arms = f"{', '.join((*PLAIN, UPPER))}, or names of --fake"
     add(
         "--arms",
@@ -118,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         help="optimizer steps of the real-versus-synthetic classifier; default: half of the others",
         type=int,
     )
-    add("--negative", help="the class that the others are set against", default="benign")
+    add("--negative", help="the class that the others are set against", default=NEGATIVE)
     add("--knowledge", help="knowledge base, for the order of the classes", default="thyroid")
     add("--resamples", help="bootstrap resamples", type=int, default=1000)
     add("--shard", help="k/n makes the k-th of n parts, k = 0 … n-1", default="0/1")
@@ -132,8 +142,8 @@ def _parser() -> argparse.ArgumentParser:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The flags, lists flattened and checked against each other."""
     args = _parser().parse_args(argv)
-    for name in ("seeds", "real_share", "amounts"):
-        words = getattr(args, name) or []  # a list for each word, or the default's list
+    for name in ("arms", "tasks", "rare", "seeds", "real_share", "amounts"):
+        words = getattr(args, name) or []  # each a value or a list of them
         values = [value for word in words for value in (word if isinstance(word, list) else [word])]
         setattr(args, name, list(dict.fromkeys(values)))
     sets = synthetic_sets(args.fake)
@@ -168,6 +178,11 @@ def main(argv: list[str] | None = None) -> None:
     folds: list[int | None] = [None] if args.folds is None else list(range(args.folds))
     sources = {fold: read_sources(args, fold) for fold in folds}  # every fold is checked before the first training
     classes = check_classes(args, sources)
+
+    @functools.lru_cache(maxsize=1)  # the images of one fold at a time
+    def data_of(fold: int | None) -> Data:
+        return load(sources[fold], classes, args.image_size)
+
     study = Study(
         folder=Path(args.output).parent,
         recipe=recipe,
@@ -179,23 +194,26 @@ def main(argv: list[str] | None = None) -> None:
         save_models=args.save_models,
     )
     work = list(trials(args.arms, args.tasks, args.seeds, folds, args.amounts or [None], args.real_share))
-    first, tests = train(args, study, work, sources, classes, shard)
+    checked = check(args, study, work, sources, data_of)
     if args.dry_run:
-        print(f"{json.dumps(counts(first))}: fine; {len(work)} trainings of {', '.join(args.arms)}; nothing trained")
+        print(f"{json.dumps(checked.n)}: fine; {len(work)} trainings of {', '.join(args.arms)}; nothing trained")
         return
+    for trial in work[shard[0] :: shard[1]]:
+        if not study.is_done(trial):
+            runs.run(study, trial, data_of(trial.fold), checked.settings[trial])
 
     def told_apart(test: Test) -> dict[str, Any]:
-        return c2st(args, study, sources[test[1]], classes, test, tests[test])
+        return c2st(args, study, sources[test[1]], classes, test, checked.tests[test])
 
-    for test in list(tests)[shard[0] :: shard[1]]:
+    for test in list(checked.tests)[shard[0] :: shard[1]]:
         told_apart(test)
     if left := [trial.name for trial in work if not study.is_done(trial)]:
         print(f"{len(left)} of {len(work)} trainings are not there yet, such as {left[0]}; the report waits for them")
         return
-    names = dict.fromkeys(name for name, _ in tests)
-    real_vs = {name: mean_of_folds([told_apart(test) for test in tests if test[0] == name]) for name in names}
+    names = dict.fromkeys(name for name, _ in checked.tests)
+    real_vs = {name: mean_of_folds([told_apart(test) for test in checked.tests if test[0] == name]) for name in names}
     command = f"python -m eval.classify {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    report = report_of(args, study, work, first, real_vs)
+    report = report_of(args, study, work, checked, data_of(folds[0]), real_vs)
     write_json(args.output, {"command": command} | report)
     for arm, entry in report["arms"].items():
         shown = {name: entry[name] for name in entry if name.startswith(("auc ", "macro_auc"))}
@@ -204,33 +222,57 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def train(
+@dataclass(frozen=True)
+class Checked:
+    """What a look at every fold has found, before anything is trained."""
+
+    settings: dict[Trial, dict[str, Any]]
+    tests: dict[Test, dict[str, Any]]  # settings of every test of real against synthetic images
+    n: dict[str, Sizes]  # source or split -> its images: of `test` in all folds, of the others their mean
+    added: dict[str, Sizes]  # condition -> images that it adds to the real ones, the mean of the folds
+
+
+def check(
     args: argparse.Namespace,
     study: Study,
     work: Sequence[Trial],
     sources: dict[int | None, Sources],
-    classes: list[str],
-    shard: tuple[int, int],
-) -> tuple[Data, dict[Test, dict[str, Any]]]:
-    """Make what this shard lacks of the work, one fold after the other.
-
-    Returns the images of the first fold, and the settings of every test of real against synthetic images.
-    """
-    first: Data | None = None
+    data_of: Callable[[int | None], Data],
+) -> Checked:
+    """Whether all of the work can be made, one fold after the other. Raises InputError where some cannot."""
+    settings: dict[Trial, dict[str, Any]] = {}
     tests: dict[Test, dict[str, Any]] = {}
+    sizes: list[dict[str, Sizes]] = []
+    added_in: list[dict[str, Sizes]] = []
     for fold, of_fold in sources.items():
-        data = load(of_fold, classes, study.image_size)
-        first = first or data
+        data = data_of(fold)
         mine = [trial for trial in work if trial.fold == fold]
-        settings = runs.refuse_changes(study, mine, data)
-        for trial in [] if args.dry_run else mine[shard[0] :: shard[1]]:
-            if not study.is_done(trial):
-                runs.run(study, trial, data, settings[trial])
+        settings |= runs.refuse_changes(study, mine, data)
         for name in of_fold.fakes:
             if name in args.arms and not args.no_realism:
                 tests[name, fold] = c2st_settings(args, study, of_fold, data, name)
-    assert first is not None
-    return first, tests
+        sizes.append(counts(data))
+        added_in.append({trial.condition: images_added(trial, data) for trial in mine})
+    tested = {label: sum(fold["test"][label] for fold in sizes) for label in sizes[0]["test"]}
+    added_by = mean_sizes(added_in)
+    warn_of_unequal(work, added_by)
+    return Checked(settings, tests, mean_sizes(sizes) | {"test": tested}, added_by)
+
+
+def mean_sizes(folds: Sequence[dict[str, Sizes]]) -> dict[str, Sizes]:
+    """Images of each name and class, the mean of the folds."""
+    return {
+        name: {label: round(fmean(fold[name][label] for fold in folds if name in fold)) for label in sizes}
+        for name, sizes in folds[0].items()
+    }
+
+
+def warn_of_unequal(work: Sequence[Trial], added_by: dict[str, Sizes]) -> None:
+    """Say on stderr where arms that are compared add different numbers of images because no amount was given."""
+    adding = {trial.arm: added_by[trial.condition] for trial in work if trial.arm not in PLAIN and trial.amount is None}
+    if any(sizes != next(iter(adding.values())) for sizes in adding.values()):
+        each = "; ".join(f"{arm} {', '.join(f'{label} {n}' for label, n in of.items())}" for arm, of in adding.items())
+        print(f"warning: arms add different numbers of images, see --amounts: {each}", file=sys.stderr)
 
 
 def check_classes(args: argparse.Namespace, sources: dict[int | None, Sources]) -> list[str]:
@@ -239,8 +281,8 @@ def check_classes(args: argparse.Namespace, sources: dict[int | None, Sources]) 
     found = [classes_of(of.real, order) for of in sources.values()]
     if any(classes != found[0] for classes in found):
         raise InputError(f"{args.real}: the folds' training rows differ in their classes: {found}")
-    if len(args.share) > 1 and not all(of.real.select(split="valid").rows for of in sources.values()):
-        raise InputError(f"--share auto: {args.real} has no split 'valid' to choose on; give a share")
+    if args.negative not in (*found[0], NEGATIVE):
+        raise InputError(f"--negative {args.negative}: no such class in {args.real} ({', '.join(found[0])})")
     for task in args.tasks:
         if task != ALL and (task not in found[0] or task == args.negative or args.negative not in found[0]):
             raise InputError(f"--tasks {task} against --negative {args.negative}: must be two of {', '.join(found[0])}")
@@ -248,26 +290,37 @@ def check_classes(args: argparse.Namespace, sources: dict[int | None, Sources]) 
 
 
 def report_of(
-    args: argparse.Namespace, study: Study, work: Sequence[Trial], data: Data, real_vs: dict[str, dict[str, Any]]
+    args: argparse.Namespace,
+    study: Study,
+    work: Sequence[Trial],
+    checked: Checked,
+    data: Data,
+    real_vs: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """The report, from saved scores, and scores.csv."""
+    """The report, from saved scores, and their table beside it."""
     saved = [read_json(study.path(trial)) for trial in work]
-    runs.write_table(study.folder / "scores.csv", saved)
+    runs.write_table(study.folder / f"{Path(args.output).stem}_scores.csv", saved)
     found = [figures.read_run(one) for one in saved]
     patients = {(run.fold, patient) for run in found for patient in run.test.patients}
     settings = study.recipe.settings() | {"image_size": study.image_size, "policy": study.policy, "share": study.shares}
     settings |= {"rare": study.rare, "negative": study.negative, "folds": args.folds, "seeds": args.seeds}
+    summary = figures.summarise(found, args.negative, args.resamples)
+    for condition, entry in summary["arms"].items():
+        entry["added"] = checked.added[condition]
     drawn_from = "the patients of the test split and over training seeds"
     return {
         "settings": settings | {"resamples": args.resamples, "tasks": args.tasks},
         "interval": f"95 %, bootstrap over {drawn_from}, {args.resamples} resamples",
         "selection": "valid macro AUC" if data.valid is not None else "last step: there is no split 'valid'",
         "threshold": "Youden's index on valid" if data.valid is not None else "0.5: there is no split 'valid'",
-        "n": counts(data),
+        "n": checked.n,
         "patients_test": len(patients),
         "runs": [trial.name for trial in work],
-        **figures.summarise(found, args.negative, args.resamples),
-        "real_vs_synthetic": {name: one | {"text": looks(name, one, study, data)} for name, one in real_vs.items()},
+        **summary,
+        "real_vs_synthetic": {
+            name: one | {"text": looks(Trial(args.tasks[0], name, 0), one, study, data)}
+            for name, one in real_vs.items()
+        },
     }
 
 

@@ -47,6 +47,14 @@ def halves(real: list[Row], fake: list[Row], patient_of: Mapping[str, str], seed
     return found
 
 
+def parts_of(real: Manifest, fake: Manifest, kept_out: list[Row], seed: int) -> list[Pair]:
+    """The halves of what `measure` is given. Raises InputError where one has fewer than two of either."""
+    parts = halves(kept_out, list(fake.rows), patients_of(real.rows), seed)
+    if any(len(rows) < 2 for part in parts for rows in part):
+        raise InputError(f"{fake.path}: too few synthetic images share a class with held-out ones of {real.path}")
+    return parts
+
+
 def measure(
     real: Manifest, fake: Manifest, kept_out: list[Row], recipe: Recipe, image_size: int, seed: int, resamples: int
 ) -> dict[str, Any]:
@@ -57,11 +65,8 @@ def measure(
         kept_out: real rows that the generator has not seen.
     """
     patient_of = patients_of(real.rows)
-    parts = halves(kept_out, list(fake.rows), patient_of, seed)
-    if any(len(rows) < 2 for part in parts for rows in part):
-        raise InputError(f"{fake.path}: too few synthetic images share a class with held-out ones of {real.path}")
     images, y, groups = [], [], []
-    for real_rows, fake_rows in parts:
+    for real_rows, fake_rows in parts_of(real, fake, kept_out, seed):
         sources = (Manifest(real.path, tuple(real_rows)), Manifest(fake.path, tuple(fake_rows)))
         images.append(np.concatenate([load_images(source, image_size) for source in sources]))
         y.append(np.repeat([0, 1], [len(real_rows), len(fake_rows)]))

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from eval import classifier
@@ -53,8 +52,14 @@ class Study:
         return [Mixing(self.policy, share, self.rare) for share in shares]
 
     def plans(self, trial: Trial, data: Data) -> list[Plan]:
-        """What the trial may draw from, for each of its mixings."""
-        return [plan(trial, data, mixing, self.negative) for mixing in self.mixings(trial)]
+        """What the trial may draw from, for each of its mixings. Raises InputError where it cannot be trained."""
+        plans = [plan(trial, data, mixing, self.negative) for mixing in self.mixings(trial)]
+        labels = ", ".join(plans[0].labels)
+        if len(plans) > 1 and plans[0].valid is None:
+            raise InputError(f"--share auto: split 'valid' has fewer than two of {labels} to choose on; give a share")
+        if is_synthetic(trial.arm) and self.policy == "rare" and not set(self.rare) & set(plans[0].labels):
+            raise InputError(f"--policy rare: none of {labels} is rare, so nothing would be added; name some as --rare")
+        return plans
 
     def settings(self, trial: Trial, data: Data) -> dict[str, Any]:
         """All that the trial's scores depend on, as JSON."""
@@ -139,7 +144,7 @@ def scored(net: nn.Module, held: Held, labels: list[str]) -> dict[str, Any]:
         "file_name": held.file_names.tolist(),
         "patient_id": held.patients.tolist(),
         "label": [labels[c] for c in held.y],
-        "probabilities": np.round(classifier.predict(net, held.images), 6).tolist(),
+        "probabilities": [[float(f"{p:.7g}") for p in row] for row in classifier.predict(net, held.images).tolist()],
     }
 
 

@@ -14,7 +14,7 @@ from eval import leakage, realism
 from eval.arms import EXTRA, PLAIN, REAL, UPPER, synthetic_shares
 from eval.classifier import Recipe
 from eval.runs import Study
-from eval.study import ALL, Data, Sources, Trial, refuse_unlabelled
+from eval.study import Data, Sources, Trial, refuse_unlabelled
 from tiger import manifest as manifests
 from tiger.errors import InputError
 from tiger.files import read_json, write_json
@@ -26,16 +26,16 @@ RARE = 0.25  # a class is rare that has fewer training images than this share of
 FAR = 0.7  # AUC of real against synthetic from which on looks may tell
 
 
-def synthetic_sets(given: Sequence[str]) -> dict[str, str]:
-    """Name -> folder of NAME=DIR, or of DIR alone, which is DEFAULT_SET."""
+def synthetic_sets(given: Sequence[str], flag: str = "--fake") -> dict[str, str]:
+    """Name -> path of NAME=PATH, or of PATH alone, which is DEFAULT_SET."""
     found: dict[str, str] = {}
     for text in given:
-        name, _, folder = text.partition("=")
-        if not folder or not re.fullmatch(r"[\w-]+", name):
-            name, folder = DEFAULT_SET, text
+        name, _, path = text.partition("=")
+        if not path or not re.fullmatch(r"[\w-]+", name):
+            name, path = DEFAULT_SET, text
         if name in (*PLAIN, UPPER, REAL, EXTRA) or name in found:
-            raise InputError(f"--fake {text}: the name '{name}' is taken; write NAME=DIR with another")
-        found[name] = folder
+            raise InputError(f"{flag} {text}: the name '{name}' is taken; write NAME=PATH with another")
+        found[name] = path
     return found
 
 
@@ -71,11 +71,12 @@ Test = tuple[str, int | None]  # a synthetic set and a fold, whose real and synt
 
 
 def c2st_settings(args: argparse.Namespace, study: Study, sources: Sources, data: Data, name: str) -> dict[str, Any]:
-    """All that a real-versus-synthetic classifier's figures depend on."""
-    recipe = c2st_recipe(args, study)
+    """All that a real-versus-synthetic classifier's figures depend on. Raises InputError where images are too few."""
+    recipe, fake = c2st_recipe(args, study), sources.fakes[name].select(labels=data.classes)
+    realism.parts_of(sources.real, fake, leakage.held_out(sources.real), args.seeds[0])
     settings = recipe.settings() | {"image_size": args.image_size, "seed": args.seeds[0], "resamples": args.resamples}
     images = b"".join(key for key, origin in zip(data.keys, data.origin, strict=True) if origin == name)
-    made_from = repr([row.derived_from for row in sources.fakes[name].select(labels=data.classes).rows]).encode()
+    made_from = repr([row.derived_from for row in fake.rows]).encode()
     settings["data"] = hashlib.sha256(data.held_out_key.encode() + images + made_from).hexdigest()[:16]
     return settings
 
@@ -117,12 +118,11 @@ def mean_of_folds(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return results[0] | means | sums | {"folds": list(results)}
 
 
-def looks(name: str, result: dict[str, Any], study: Study, data: Data) -> str:
-    """What follows from how well real and synthetic images are told apart."""
-    trial = Trial(ALL, name, 0)
-    (groups, *_) = study.plans(trial, data)[0].phases
-    shares = synthetic_shares(groups, data.y, data.origin, len(data.classes))
-    in_classes = ", ".join(f"{label} {share:.0%}" for label, share in zip(data.classes, shares, strict=True))
+def looks(trial: Trial, result: dict[str, Any], study: Study, data: Data) -> str:
+    """What follows for a trial from how well real and its synthetic images are told apart."""
+    name, one = trial.arm, study.plans(trial, data)[0]
+    shares = synthetic_shares(one.phases[0], one.y, data.origin, len(one.labels))
+    in_classes = ", ".join(f"{label} {share:.0%}" for label, share in zip(one.labels, shares, strict=True))
     auc = f"Real and synthetic images ({name}) are told apart with an AUC of {result['auc']:.3f}"
     if result["auc"] < FAR:
         return f"{auc}: looks tell little."

@@ -6,8 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import AnyStr
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -137,7 +136,8 @@ def classes_of(real: Manifest, order: Sequence[str]) -> list[str]:
 
 
 def load(sources: Sources, classes: list[str], image_size: int) -> Data:
-    """Read all images. Raises InputError where one that is trained on, or one of valid, is a copy of a held-out one."""
+    """Read all images. Raises InputError where one that is trained on, or one of valid, is a copy of a held-out one, or
+    a further real one is a copy of one that is trained on."""
     pools = {REAL: sources.real.select(split="train")}
     pools |= {name: fake.select(labels=classes) for name, fake in sources.fakes.items()}
     if sources.extra is not None:
@@ -149,6 +149,8 @@ def load(sources: Sources, classes: list[str], image_size: int) -> Data:
     for name, split in itertools.product(pools, kept_out):  # a synthetic set may be called "test"
         refuse_copies(pools[name], keys[name], kept_out[split], kept_out_keys[split])
     refuse_copies(kept_out["valid"], kept_out_keys["valid"], kept_out["test"], kept_out_keys["test"])
+    if EXTRA in pools:
+        refuse_copies(pools[EXTRA], keys[EXTRA], pools[REAL], keys[REAL])
 
     def column(m: Manifest, value: str) -> np.ndarray:
         return np.array([getattr(row, value) or row.file_name for row in m.rows], dtype=str)
@@ -215,40 +217,40 @@ def kept(trial: Trial, data: Data) -> np.ndarray:
     """(N,) bool: the images that the trial's amount and share leave. Smaller ones lie in larger ones of the same seed.
 
     Without an amount, further real images are as many of a class as the first synthetic set has, or all there are.
-    Raises InputError where an amount is more than there are.
+    Copies of an image count as so many images. Raises InputError where an amount is more than there are.
     """
     keep = np.ones(len(data.y), bool)
     sets = [name for name in dict.fromkeys(data.origin.tolist()) if name not in (REAL, EXTRA)]
+    place = partial(place_of, trial.seed)
     for c, label in enumerate(data.classes):
         of_class = data.y == c
         if trial.real_share < 1:
             real = of_class & (data.origin == REAL)
-            patients = shuffled(sorted(set(data.patients[real])), trial.seed)
+            patients = sorted(set(data.patients[real]), key=place)
             chosen = patients[: max(1, round(trial.real_share * len(patients)))]
             keep &= ~real | np.isin(data.patients, chosen)
         if trial.arm in PLAIN:
             continue
-        added = np.flatnonzero(of_class & (data.origin == (EXTRA if trial.arm == UPPER else trial.arm)))
+        added = np.flatnonzero(of_class & (data.origin == source_of(trial.arm)))
         most = len(added) if trial.amount is None else trial.amount
         if trial.arm == UPPER and trial.amount is None and sets:
             most = int((of_class & (data.origin == sets[0])).sum())
         elif len(added) < most:
             raise InputError(f"arm {trial.arm}: {len(added)} images of class {label}, and --amounts asks for {most}")
         if most < len(added):
-            place = {key: i for i, key in zip(added, (data.keys[i] for i in added), strict=True)}
-            left = [place[key] for key in shuffled(sorted(place), trial.seed)[:most]]
-            keep[np.setdiff1d(added, left)] = False
+            keep[sorted(added, key=lambda i: place(data.keys[i]))[most:]] = False
     return keep
 
 
-def shuffled(names: Sequence[AnyStr], seed: int) -> list[AnyStr]:
-    """The names in a random order, in which two of them stand the same way round whatever else is among them."""
+def place_of(seed: int, name: str | bytes) -> bytes:
+    """By what to sort for a random order in which two names stand the same way round whatever else is among them."""
+    text = name.encode() if isinstance(name, str) else name
+    return hashlib.sha256(str(seed).encode() + b"/" + text).digest()
 
-    def place(name: AnyStr) -> bytes:
-        text = name.encode() if isinstance(name, str) else name
-        return hashlib.sha256(str(seed).encode() + b"/" + text).digest()
 
-    return sorted(names, key=place)
+def source_of(arm: str) -> str:
+    """Where the images come from that an arm adds."""
+    return EXTRA if arm == UPPER else arm
 
 
 def digest(plan: Plan, data: Data) -> str:
@@ -265,5 +267,15 @@ def counts(data: Data) -> dict[str, dict[str, int]]:
     sources = dict.fromkeys(data.origin.tolist())
     found = {"train" if name == REAL else str(name): data.y[data.origin == name] for name in sources}
     found |= {"test": data.test.y} | ({"valid": data.valid.y} if data.valid is not None else {})
-    tally = {name: Counter(y.tolist()) for name, y in found.items()}
-    return {name: {label: of[c] for c, label in enumerate(data.classes)} for name, of in tally.items()}
+    return {name: by_class(y, data.classes) for name, y in found.items()}
+
+
+def images_added(trial: Trial, data: Data) -> dict[str, int]:
+    """Images of each class that the trial adds to the real training images."""
+    return by_class(data.y[kept(trial, data) & (data.origin == source_of(trial.arm))], data.classes)
+
+
+def by_class(y: np.ndarray, classes: Sequence[str]) -> dict[str, int]:
+    """class -> images"""
+    tally = Counter(y.tolist())
+    return {label: tally[c] for c, label in enumerate(classes)}

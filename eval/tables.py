@@ -8,7 +8,7 @@ Tables are written as Markdown, LaTeX, PNG, and CSV with one line a figure; plot
     table3   AUC of each arm on each binary task, on valid and test
     table4   accuracy and AUC of each arm on each binary task, on test
     table5   accuracy, AUC of each class, and Brier score of each arm, all classes at once
-    figure5a AUC by the number of synthetic images                                       (needs --amounts there)
+    figure5a AUC by the number of images added, synthetic or real                        (needs --amounts there)
     figure5b AUC by the number of real images, without and with images added             (needs --real_share there)
     roc, calibration
 What has not been measured is left out. Nothing is trained: everything comes from the scores and reports given.
@@ -23,8 +23,9 @@ from typing import Any
 import yaml
 
 from eval import charts, figures, typeset
-from eval.arms import PLAIN, UPPER, title
+from eval.arms import PLAIN, UPPER, generator_of, title
 from eval.results import headline
+from eval.sources import synthetic_sets
 from eval.typeset import Cell, Table
 from tiger.errors import InputError, run
 from tiger.files import atomic_path, read_json
@@ -39,6 +40,7 @@ QUALITY = {  # metric -> column; the paper does not say how it makes one figure 
     "coverage": "coverage",
     "density_coverage": "D&C",
 }
+NETS = "Own net: one of these two classes alone, as in the paper; else the net of all classes, its two probabilities."
 NOTE = "Paper: Dai et al. 2025, on its own clinical images; set beside, not to be compared in level."
 
 
@@ -54,11 +56,19 @@ def row_name(arm: str, paper: Published) -> str:
 
 
 def ordered(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
-    """The paper's order, our other arms before its generators, further real images last."""
+    """The paper's order, our other arms before its generators, ours of its methods after these, further real images
+    last."""
     own = [arm for arm in ours if arm not in theirs]
     first = [arm for arm in (*theirs, *own) if arm in PLAIN]
-    rest = [arm for arm in (*own, *theirs) if arm not in first and arm != UPPER]
+    rest = [arm for arm in (*theirs, *own) if arm not in first and arm != UPPER]
+    place = {method: i for i, method in enumerate(theirs)}
+    rest.sort(key=lambda arm: place.get(generator_of(arm)[0], -1))
     return sorted(first, key=PLAIN.index) + rest + [arm for arm in own if arm == UPPER]
+
+
+def pair_of(task: str) -> str:
+    """ "benign vs FTC, own net" -> "benign vs FTC" """
+    return task.removesuffix(", own net")
 
 
 def full(report: Report) -> dict[str, Mapping[str, Any]]:
@@ -117,18 +127,19 @@ def table2(quality: Mapping[str, Report], paper: Published) -> Table:
 def table3(report: Report, paper: Published, against: str) -> Table:
     """Arms by binary tasks, valid and test."""
     arms, tasks = full(report), list(headline(report))
-    theirs = [arm for arm, of in paper["table3"].items() if set(of) & set(tasks)]
+    theirs = [arm for arm, of in paper["table3"].items() if set(of) & set(map(pair_of, tasks))]
     rows = {}
     for arm in ordered(list(arms), theirs):
         cells = []
         for task in tasks:
-            known = paper["table3"].get(arm, {}).get(task, {})
+            known = paper["table3"].get(arm, {}).get(pair_of(task), {})
             p = adjusted_p(report, f"auc {task}", arms.get(arm), arms.get(against))
             cells.append(cell(arms.get(arm), f"valid auc {task}", known.get("valid")))
             cells.append(cell(arms.get(arm), f"auc {task}", known.get("test"), p))
         rows[row_name(arm, paper)] = cells
     caption = (
-        f"AUROC (95 % CI) by augmentation. {sizes(report)} p: against {title(against)}, adjusted after Holm. {NOTE}"
+        f"AUROC (95 % CI) by augmentation. {NETS} {sizes(report)} p: against {title(against)}, adjusted after Holm. "
+        f"{NOTE}"
     )
     return Table("table3", caption, [(task, split) for task in tasks for split in ("valid", "test")], rows)
 
@@ -136,18 +147,18 @@ def table3(report: Report, paper: Published, against: str) -> Table:
 def table4(report: Report, paper: Published) -> Table:
     """Arms by binary tasks, accuracy and AUC."""
     arms, tasks = full(report), list(headline(report))
-    theirs = [arm for arm, of in paper["table4"].items() if set(of) & set(tasks)]
+    theirs = [arm for arm, of in paper["table4"].items() if set(of) & set(map(pair_of, tasks))]
     shown = {"accuracy": "accuracy", "auc": "AUC"}
     rows = {
         row_name(arm, paper): [
-            cell(arms.get(arm), f"{name} {task}", paper["table4"].get(arm, {}).get(task, {}).get(name))
+            cell(arms.get(arm), f"{name} {task}", paper["table4"].get(arm, {}).get(pair_of(task), {}).get(name))
             for task in tasks
             for name in shown
         ]
         for arm in ordered(list(arms), theirs)
     }
     columns = [(task, text) for task in tasks for text in shown.values()]
-    return Table("table4", f"Test accuracy and AUROC (95 % CI). {sizes(report)} {NOTE}", columns, rows)
+    return Table("table4", f"Test accuracy and AUROC (95 % CI). {NETS} {sizes(report)} {NOTE}", columns, rows)
 
 
 def table5(report: Report, paper: Published) -> Table:
@@ -186,7 +197,7 @@ Curves = dict[str, dict[str, list[tuple[float, Mapping[str, float]]]]]  # task -
 
 
 def figure5a(report: Report) -> Curves:
-    """AUC by synthetic images a class, of the largest real share; oversampling is no such image."""
+    """AUC by images added a class, of the largest real share; oversampling adds none."""
     entries = list(report["arms"].values())
     most = max(of["real_share"] for of in entries)
     entries = [of for of in entries if of["real_share"] == most]
@@ -239,7 +250,8 @@ def write_png(path: Path, png: bytes) -> None:
 
 def write_plots(report: Report, runs: Sequence[figures.Run], paper: Published, folder: Path) -> None:
     """Every plot for which there is something to draw."""
-    plots = (("figure5a", figure5a(report), "synthetic images a class"), ("figure5b", figure5b(report), "real images"))
+    real = "real training images" + (", mean of the folds" if report["settings"]["folds"] else "")
+    plots = (("figure5a", figure5a(report), "images added a class"), ("figure5b", figure5b(report), real))
     drawn = [name for name, curves, x in plots if curves]
     for name, curves, x in plots:
         if curves:
@@ -295,8 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.classify and not args.quality:
         raise InputError("give --classify, --quality or both")
     paper = published()
-    given = [text.partition("=") if "=" in text else ("tiger_f", "=", text) for text in args.quality]
-    quality = {arm: _read(file, "per_class") for arm, _, file in given}
+    quality = {arm: _read(file, "per_class") for arm, file in synthetic_sets(args.quality, "--quality").items()}
     report = _read(args.classify, "comparisons") if args.classify else None
     tables = [table2(quality, paper)] if quality else []
     runs = []

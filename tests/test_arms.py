@@ -23,6 +23,18 @@ def draws(arm: str, y: np.ndarray, origin: np.ndarray, mixing: Mixing = Mixing()
     return np.stack([draw_batch(groups, 8, np.random.default_rng([0, i])) for i in range(300)])
 
 
+def test_titles() -> None:
+    titles = {
+        "tiger_f": "Tiger-F",
+        "tiger_f_0": "Tiger-F, generator 0",
+        "tiger_f_0, 100 a class": "Tiger-F, generator 0, 100 a class",
+        "sd_controlnet_12": "Stable Diffusion + ControlNet, generator 12",
+        "perturbed_0": "perturbed_0",  # no method of ours
+        "mixup_0": "mixup_0",  # a set of that name is no mixup
+    }
+    assert {arm: arms.title(arm) for arm in titles} == titles
+
+
 def test_every_class_gets_the_same_synthetic_share_in_every_batch() -> None:
     y, origin = pools(real=(50, 5), tiger_f=(10, 40), sd=(7, 7))
     rows = draws("tiger_f", y, origin)

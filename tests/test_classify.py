@@ -13,13 +13,13 @@ from eval_samples import write_dataset
 from PIL import Image
 from training_samples import flags, save_base
 
-from eval import classifier, classify, features, figures, realism, training
+from eval import classifier, classify, features, figures, realism, runs, training
 from eval.images import load_images, source_patients
 from eval.runs import SHARES
-from eval.study import Data, Sources, Trial, classes_of, kept, load
+from eval.study import Data, Held, Sources, Trial, classes_of, kept, load
 from tiger import manifest, pretrain
 from tiger.errors import InputError, run
-from tiger.files import read_json
+from tiger.files import read_json, write_json
 from tiger.manifest import Row
 
 CLASSES = ("benign", "PTC", "FTC")
@@ -66,6 +66,9 @@ def test_report_scores_and_reuse(folders: dict[str, Path], tmp_path: Path, train
     assert list(report["arms"]) == ["none", "oversampling", "tiger_f", "real_upper"]
     assert report["n"]["train"] == {"benign": 20, "PTC": 12, "FTC": 4}
     assert report["n"]["tiger_f"] == dict.fromkeys(CLASSES, 8)
+    added = {arm: entry["added"] for arm, entry in report["arms"].items()}
+    assert added["none"] == dict.fromkeys(CLASSES, 0)
+    assert added["tiger_f"] == added["real_upper"] == dict.fromkeys(CLASSES, 8)
     assert report["command"].startswith("python -m eval.classify --real ")
     tiger = report["arms"]["tiger_f"]
     assert set(tiger) >= {"macro_auc", "auc benign vs PTC", "auc benign vs FTC", "valid auc benign vs FTC"}
@@ -75,7 +78,7 @@ def test_report_scores_and_reuse(folders: dict[str, Path], tmp_path: Path, train
     looks = report["real_vs_synthetic"]["tiger_f"]
     assert looks["n_train"] > 0 and looks["n_test"] > 0
     assert [looks[name] for name in ("model", "image_size", "max_train_steps")] == ["resnet18", 32, 1]
-    with open(tmp_path / "scores.csv", encoding="utf-8") as file:
+    with open(tmp_path / "report_scores.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
     assert len(rows) == 4 * 2 * 24
     ours = [row for row in rows if row["arm"] == "tiger_f" and row["seed"] == "1"]
@@ -97,6 +100,11 @@ def test_report_scores_and_reuse(folders: dict[str, Path], tmp_path: Path, train
     with pytest.raises(InputError, match=r"tiger_f-seed0.json was made with other settings: share was \[0.25\], is"):
         classify.main(changed)  # the other arm does not depend on the share
     assert trained == [] and (tmp_path / "scores" / "tiger_f-seed0.json").read_bytes() == saved
+
+    table = (tmp_path / "report_scores.csv").read_bytes()
+    classify.main(arguments(folders, tmp_path / "more.json", "--arms", "none"))  # another report of the same scores
+    assert trained == [] and (tmp_path / "report_scores.csv").read_bytes() == table
+    assert len((tmp_path / "more_scores.csv").read_bytes()) < len(table)
 
 
 def test_shards_make_every_training_once(folders: dict[str, Path], tmp_path: Path, trained: list[str]) -> None:
@@ -127,6 +135,10 @@ def test_folds_test_every_patient_once(
     for part in parts:
         assert not set(part["test"]["patient_id"]) & set(part["valid"]["patient_id"])
     report = json.loads(output.read_text())
+    total = {"benign": 36, "PTC": 28, "FTC": 20}
+    assert report["n"]["test"] == total
+    looked_at = [label for part in parts for split in ("valid", "test") for label in part[split]["label"]]
+    assert report["n"]["train"] == {label: round(n - looked_at.count(label) / 3) for label, n in total.items()}
     per_fold = [
         figures.figures_of(figures.read_run(part), "benign", np.ones((1, len(part["test"]["label"]))), None)
         for part in parts
@@ -198,6 +210,26 @@ def test_what_amounts_and_shares_leave(folders: dict[str, Path]) -> None:
         return {data.keys[i] for i in np.flatnonzero(keep & (data.origin == "tiger_f"))}
 
     assert len(of_tiger(data, two)) == 6 and of_tiger(data, two) == of_tiger(alone, again)
+    keys = [bytes([i % 3]) if data.origin[i] == "tiger_f" else key for i, key in enumerate(data.keys)]
+    copies = replace(data, keys=keys)
+    four, six = (kept(Trial("all", "tiger_f", 0, amount=amount), copies) for amount in (4, 6))
+    assert np.bincount(data.y[six & (data.origin == "tiger_f")]).tolist() == [6, 6, 6]  # copies count
+    assert not (four & ~six).any()
+
+
+def test_unequal_numbers_are_said(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = manifest.read(folders["fake"]).rows
+    few = folders["fake"] / "few.jsonl"
+    manifest.write(few, rows[1:])
+    sets = arguments(folders | {"fake": f"tiger_f={folders['fake']}"}, tmp_path / "r.json", "--dry_run")
+    place = sets.index("--output")
+    given = [*sets[:place], f"sd={few}", *sets[place:]]
+    classify.main([*given, "--extra_real", str(folders["extra"])])
+    warning = "arms add different numbers of images, see --amounts: tiger_f benign 8, PTC 8, FTC 8; sd benign 7, PTC 8"
+    assert warning in capsys.readouterr().err
+    classify.main([*given, "--amounts", "7"])
+    classify.main([*sets, "--extra_real", str(folders["extra"])])
+    assert "different numbers" not in capsys.readouterr().err
 
 
 def test_the_share_is_chosen_on_valid(folders: dict[str, Path], tmp_path: Path, trained: list[str]) -> None:
@@ -208,6 +240,57 @@ def test_the_share_is_chosen_on_valid(folders: dict[str, Path], tmp_path: Path, 
     of_shares = found["valid_macro_auc_of_shares"]
     assert found["share"] == float(max(of_shares, key=of_shares.__getitem__))
     assert found["valid_macro_auc"] == max(of_shares.values())
+
+    trained.clear()
+    for split, tasks in (("valid", ["FTC"]), ("train", ["all"])):  # valid without FTC, and no valid
+        rows = [
+            replace(row, split="train") if row.split == "valid" and (row.label == "FTC" or split == "train") else row
+            for row in manifest.read(folders["real"]).rows
+        ]
+        real = folders["real"] / f"no_{split}.jsonl"
+        manifest.write(real, rows)
+        other = arguments(folders | {"real": real}, tmp_path / "other" / "r.json", "--share", "auto", "--tasks", *tasks)
+        with pytest.raises(InputError, match="--share auto: split 'valid' has fewer than two of benign, .*FTC"):
+            classify.main(other)
+    assert trained == []
+
+
+def test_all_folds_are_checked_before_the_first_training(
+    folders: dict[str, Path], tmp_path: Path, trained: list[str]
+) -> None:
+    given = arguments(folders, tmp_path / "report.json", "--arms", "oversampling", "--folds", "3")
+    last = tmp_path / "scores" / "oversampling-fold2-seed0.json"
+    write_json(last, {"settings": {"image_size": 16}})
+    with pytest.raises(InputError, match="oversampling-fold2-seed0.json was made with other settings"):
+        classify.main(given)
+    source = manifest.read(folders["real"]).rows[0].file_name
+    alike = spoil(folders["fake"], tmp_path / "alike", lambda row: replace(row, derived_from=(source,)))
+    with pytest.raises(InputError, match="too few synthetic images share a class with held-out ones"):
+        classify.main(arguments(folders | {"fake": alike}, tmp_path / "r.json"))
+    assert trained == []
+
+
+def test_images_of_the_classes_of_a_task_suffice(folders: dict[str, Path], tmp_path: Path) -> None:
+    fake = folders["fake"] / "two_classes.jsonl"
+    manifest.write(fake, [row for row in manifest.read(folders["fake"]).rows if row.label != "PTC"])
+    output = tmp_path / "report.json"
+    given = arguments(folders | {"fake": fake}, output, "--tasks", "FTC", "--arms", "tiger_f", "--realism_steps", "20")
+    classify.main(given)
+    assert "PTC" not in json.loads(output.read_text())["real_vs_synthetic"]["tiger_f"]["text"]
+
+
+def test_small_probabilities_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = np.array([[1.25e-9, 3.75e-9, 1 - 5e-9]])
+    monkeypatch.setattr(classifier, "predict", lambda net, images: p)
+    held = Held(np.zeros((1, 4, 4), np.uint8), np.array([0]), np.array(["a"]), np.array(["P"]))
+    saved = runs.scored(torch.nn.Identity(), held, list(CLASSES))["probabilities"]
+    np.testing.assert_allclose(saved, p, rtol=1e-6)
+
+
+def test_what_is_named_twice_is_done_once(folders: dict[str, Path], tmp_path: Path) -> None:
+    twice = ["--arms", "none", "oversampling", "none", "--tasks", "FTC", "all", "FTC", "--rare", "FTC", "FTC"]
+    args = classify.parse(arguments(folders, tmp_path / "r.json", *twice))
+    assert (args.arms, args.tasks, args.rare) == (["none", "oversampling"], ["FTC", "all"], ["FTC"])
 
 
 @pytest.mark.parametrize(("policy", "parts"), [("pretrain", 2), ("pooled", 1), ("rare", 1)])
@@ -337,7 +420,9 @@ def test_what_cannot_be_checked_is_said(folders: dict[str, Path], tmp_path: Path
     """Images that were drawn after another copy of the data set, whose files have other names."""
     classify.main(arguments(folders, tmp_path / "r.json", "--dry_run"))
     assert "so not checked" not in capsys.readouterr().err
-    fake = spoil(folders["fake"], tmp_path / "other", lambda row: replace(row, derived_from=("shard-0.tar/7.png",)))
+    fake = spoil(
+        folders["fake"], tmp_path / "other", lambda row: replace(row, derived_from=(f"shard-0.tar/{row.file_name}",))
+    )
     classify.main(arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run"))
     assert "so not checked: images/" in capsys.readouterr().err
 
@@ -430,6 +515,8 @@ def test_a_copy_of_a_test_image_is_refused(folders: dict[str, Path], tmp_path: P
     (tmp_path / extra.rows[1].file_name).write_bytes(test_image)
     with pytest.raises(InputError, match="also in valid of .*: images/E0001.png = images/P0055.png"):
         classify.main(arguments(folders, tmp_path / "r.json", "--extra_real", str(tmp_path), "--dry_run"))
+    with pytest.raises(InputError, match="also in train of .*: images/P0000.png = images/P0000.png"):
+        classify.main(arguments(folders, tmp_path / "r.json", "--extra_real", str(folders["real"]), "--dry_run"))
     for copy in ("P0000", "P0055"):  # of train, of valid
         real = tmp_path / copy
         shutil.copytree(folders["real"], real)
@@ -460,6 +547,8 @@ def test_a_synthetic_set_may_have_the_name_of_a_split(folders: dict[str, Path], 
         (["--weights", "no.pth"], "no.pth: no such file"),
         (["--tasks", "MTC"], "--tasks MTC against --negative benign: must be two of benign, PTC, FTC"),
         (["--rare", "MTC"], "--rare MTC: no such class"),
+        (["--negative", "MTC"], "--negative MTC: no such class"),
+        (["--policy", "rare", "--tasks", "PTC"], "--policy rare: none of benign, PTC is rare"),
         (["--amounts", "0"], "--amounts [0]: must be 1 or more"),
         (["--real_share", "0"], "--real_share [0.0]: must be above 0"),
         (["--shard", "2/2"], "--shard '2/2': write k/n"),

@@ -10,7 +10,7 @@ from eval_samples import write_dataset
 from PIL import Image
 from scipy import stats
 
-from eval import privacy
+from eval import page, privacy
 from tiger import manifest
 from tiger.errors import run
 from tiger.manifest import Manifest
@@ -73,7 +73,9 @@ def test_honest_images_are_not_accused(
     assert report["near"]["synthetic"]["low"] <= 0.1
     authenticity = report["authenticity"]
     assert abs(authenticity["synthetic"]["value"] - authenticity["held_out"]["value"]) < 0.15
-    assert abs(report["c_t"]["value"]) < 3 > abs(report["c_t"]["floor"])
+    floor = report["c_t"]["floor"]
+    assert -3 < floor["low"] < 0 < floor["high"] < 3 and abs(report["c_t"]["value"]) < 3
+    assert page.bracket(floor) in (tmp_path / "privacy.html").read_text()
     assert report["membership_auc"]["low"] < 0.5 < report["membership_auc"]["high"]
 
 
@@ -94,11 +96,11 @@ def test_copies_are_found(real: Manifest, copied: Manifest, tmp_path: Path, monk
         assert train.index(pair["training"]) == [row.file_name for row in copied.rows].index(pair["synthetic"])
         assert not pair["authentic"]
         assert pair["ssim"] > 0.8
-    page = (tmp_path / "privacy.html").read_text()
-    assert page.count("data:image/png;base64,") == privacy.PAIRS
-    assert "<script" not in page
-    assert "http" not in page
-    assert report["closest"][0]["training"] in page
+    text = (tmp_path / "privacy.html").read_text()
+    assert text.count("data:image/png;base64,") == privacy.PAIRS
+    assert "<script" not in text
+    assert "http" not in text
+    assert report["closest"][0]["training"] in text
 
 
 def test_authenticity_by_hand() -> None:

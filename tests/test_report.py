@@ -15,6 +15,7 @@ from eval_samples import write_dataset
 from PIL import Image
 
 from eval import charts, classify, control, figures, quality, report
+from eval.benefit import benefit_section
 from eval.html import bracket, number
 from eval.judges import AttributeNet, Segmenter, save_judge
 from eval.page import control_section, quality_section
@@ -191,6 +192,13 @@ def test_text_says_how_far_figures_reach(page: Page) -> None:
     assert "Further real images are fewer than synthetic ones (FTC 6 of 12)" in page.text
     assert "60% of benign, 60% of FTC in a batch" in page.text  # 12 of 20 and 6 of 10
     assert "shows no image of this run" in page.text
+
+
+def test_numbers_of_images_over_folds_are_explained(folder: Path, page: Page) -> None:
+    results, text = read_results(folder), "For test in all folds, else the mean of the folds."
+    assert results.classify is not None and text not in page.text
+    results.classify["settings"]["folds"] = 3
+    assert text in benefit_section(results)
 
 
 def test_judges_that_know_the_base_are_named(folder: Path) -> None:

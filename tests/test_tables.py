@@ -114,6 +114,40 @@ def test_table3_has_our_figures_and_the_papers(study: Path, made: Path) -> None:
     assert "test images: benign 8, FTC 8; 8 patients" in text and "paper 0.844 (0.750–0.850)" in text
 
 
+def test_generators_of_a_method_and_own_nets_stand_beside_the_papers(study: Path) -> None:
+    text = (study / "report.json").read_text()
+    text = text.replace('"tiger_f', '"tiger_f_1').replace("benign vs FTC", "benign vs FTC, own net")
+    report = json.loads(text)
+    for table, known in (
+        (tables.table3(report, tables.published(), "oversampling"), [0.8442, 0.75, 0.85]),
+        (tables.table4(report, tables.published()), None),  # no such class in the paper's
+    ):
+        assert "Own net: one of these two classes alone" in table.caption
+        assert table.rows["Tiger-F, generator 1"][1].value is not None
+        assert known is None or table.rows["Tiger-F"][1] == Cell(paper=known)
+    rows = list(tables.table3(report, tables.published(), "oversampling").rows)
+    assert rows[-3:] == ["Tiger-F", "Tiger-F, generator 1", "further real images"]
+
+
+def test_axes_say_what_was_counted(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, axes = dict(read_json(study / "report.json")), {}
+    monkeypatch.setattr(tables, "write_curves", lambda name, curves, x, folder: axes.update({name: x}))
+    for folds, mean in ((None, ""), (3, ", mean of the folds")):
+        report["settings"] = report["settings"] | {"folds": folds}
+        tables.write_plots(report, [], tables.published(), tmp_path)
+        assert axes == {"figure5a": "images added a class", "figure5b": f"real training images{mean}"}
+
+
+def test_a_path_may_hold_an_equals_sign(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a=b").mkdir()
+    quality = shutil.copy(study / "quality.json", tmp_path / "a=b")
+    for given in (str(quality), f"sd={quality}"):
+        tables.main(["--quality", given, "--output_dir", str(tmp_path / "t"), "--dry_run"])
+        assert "table2: can be made" in capsys.readouterr().out
+    assert run(tables.main, ["--quality", f"sd={quality}", f"sd={quality}", "--output_dir", str(tmp_path)]) == 2
+    assert "--quality sd=" in capsys.readouterr().err
+
+
 def test_table2_takes_the_pairing_with_the_same_map(made: Path) -> None:
     found = {(line["row"], line["group"], line["column"]): line for line in lines(made / "table2.csv")}
     ssim = found["Stable Diffusion + ControlNet", "FTC", "SSIM"]
