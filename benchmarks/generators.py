@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval import figures, scoring, statistics
+from eval import charts, figures, scoring, statistics
 from eval.arms import UPPER, title
 from eval.figures import Run
+from eval.html import bounds
 from tiger.errors import InputError, run
-from tiger.files import read_json, write_json
+from tiger.files import atomic_path, read_json, write_json
 
 Array = NDArray[np.float64]
 BASELINE = "oversampling"
@@ -122,9 +123,8 @@ def table(report: Mapping[str, Any], against: Sequence[str]) -> str:
     def rows(head: str, of: Mapping[str, Mapping[str, Any]], sign: str = "") -> list[str]:
         lines = [f"| {head} | {' | '.join(shown)} |", "|---" * (1 + len(shown)) + "|"]
         for name, entries in of.items():
-            generators = report["arms"][name][shown[0]]["generators"]
-            name = title(name) + (f", {generators} generators" if generators > 1 else "")
-            lines.append(f"| {name} | {' | '.join(text(entries.get(figure), sign) for figure in shown)} |")
+            cells = " | ".join(text(entries.get(figure), sign) for figure in shown)
+            lines.append(f"| {named(name, report['arms'][name])} | {cells} |")
         return [*lines, ""]
 
     lines = rows("arm", report["arms"])
@@ -137,6 +137,20 @@ def table(report: Mapping[str, Any], against: Sequence[str]) -> str:
     return "\n".join([*lines, *rows("share of what further real images gain", report["shares"])])
 
 
+def named(arm: str, figures: Mapping[str, Any]) -> str:
+    """An arm's name, with how many generators it had."""
+    generators = next(iter(figures.values()))["generators"]
+    return title(arm) + (f", {generators} generators" if generators > 1 else "")
+
+
+def chart(report: Mapping[str, Any]) -> bytes:
+    """PNG: one panel a figure."""
+    arms = {named(arm, of): of for arm, of in report["arms"].items()}
+    shown = next(iter(arms.values()))
+    panels = {figure: {arm: bounds(of[figure]) for arm, of in arms.items()} for figure in shown}
+    return charts.interval_chart(panels, "test AUC")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
@@ -146,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="JSON file; the tables are printed")
     parser.add_argument("--against", nargs="+", default=["none", BASELINE], help="arms that all others are set against")
     parser.add_argument("--resamples", type=int, default=1000, help="(default: 1000)")
+    parser.add_argument("--chart", help="PNG file of the figures with their intervals")
     args = parser.parse_args(argv)
     report = read_json(args.classify)
     runs = figures.read_runs(Path(args.classify).parent, report["runs"])
@@ -155,6 +170,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--against {' '.join(unknown)}: {args.classify} has {', '.join(sorted(known))}")
     found = summarise(drawn, args.against)
     write_json(args.output, {"resamples": args.resamples} | found)
+    if args.chart:
+        with atomic_path(args.chart) as temporary:
+            temporary.write_bytes(chart(found))
     print(table(found, args.against))
 
 

@@ -44,11 +44,10 @@ for seed in 0 1 2; do
     for arm in tiger_f tiger_n sd_controlnet; do sets+=("${arm}_$seed=$R/$arm$seed"); done
     sets+=("coarse_$seed=$R/coarse_images$seed")
 done
-for seed in 0 1; do # what if the knowledge base's frequencies were wrong by up to 30 %?
-    python -m benchmarks.perturb --by 0.3 --seed "$seed" "$R/thyroid-$seed.yaml"
-    generate fine0 data 400 "perturbed$seed" "$seed" --knowledge "$R/thyroid-$seed.yaml" --prompts knowledge
-    sets+=("perturbed_$seed=$R/perturbed$seed")
-done
+# What if the knowledge base's frequencies were wrong by up to 30 %?
+python -m benchmarks.perturb --by 0.3 --seed 0 "$R/thyroid-0.yaml"
+generate fine0 data 400 perturbed0 0 --knowledge "$R/thyroid-0.yaml"
+sets+=("perturbed=$R/perturbed0")
 
 # Few shots: a generator that has seen 20 images of each class, and nothing else of this data set.
 python -m data.prepare subsample --data_dir "$R/data" --most benign=20 PTC=20 FTC=20 MTC=20 --name few
@@ -72,6 +71,10 @@ classify classify/real_share.json --fake "tiger_f_0=$R/tiger_f0" --seeds 0,1,2 \
 classify amounts/report.json --fake "tiger_f=$R/many" --extra_real "$R/many_extra" --seeds 0,1,2 \
     --arms oversampling tiger_f real_upper --amounts 100,400,1600 --no_realism
 
+if [[ -f $R/classify/report.json ]]; then
+    python -m benchmarks.generators --classify "$R/classify/report.json" --output "$R/generators.json" \
+        --against none oversampling sd_controlnet
+fi
 for report in classify/report classify/real_share amounts/report; do
     if [[ -f $R/$report.json ]]; then
         python -m eval.tables --classify "$R/$report.json" --output_dir "$R/tables/${report//\//_}"

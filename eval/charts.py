@@ -18,6 +18,7 @@ COLOURS = (
     "#4c6272", "#b5651d", "#1b6f8a", "#7a9a3a", "#8c4a6b", "#c9a227",
     "#2f2f4f", "#d98a8a", "#5fb3a1", "#9b7fc7", "#70502c", "#a8b0b8",
 )  # fmt: skip
+LINES = tuple({"color": colour, "linestyle": style} for style in ("-", "--", ":") for colour in COLOURS)
 OUTLINE = (255, 196, 0)  # requested nodule outlines
 GAP = 3  # px between tiles
 
@@ -51,6 +52,12 @@ def axes(count: int, width: float = 4.6, height: float = 3.2) -> tuple["Figure",
     return figure, list(row[0])
 
 
+def add_legend(figure: "Figure", panels: Sequence) -> None:
+    """One legend for all panels, beside them: over the lines it would hide those of a long list."""
+    lines = {label: line for ax in panels for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(lines.values()), list(lines), loc="outside right upper", frameon=False, fontsize="small")
+
+
 def loss_chart(stages: Mapping[str, Mapping[str, Curve]]) -> bytes:
     """stages[title][name] = (steps, losses): one panel a stage, raw values pale, their running mean strong."""
     figure, panels = axes(len(stages))
@@ -75,10 +82,10 @@ def roc_chart(tasks: Mapping[str, Mapping[str, Curve]]) -> bytes:
     figure, panels = axes(len(tasks), 4.0, 3.8)
     for ax, (title, arms) in zip(panels, tasks.items(), strict=True):
         ax.plot([0, 1], [0, 1], color="#999", linewidth=0.8, linestyle=":")
-        for (arm, (fpr, tpr)), colour in zip(arms.items(), itertools.cycle(COLOURS), strict=False):
-            ax.plot(fpr, tpr, color=colour, label=arm, linewidth=1.5)
+        for (arm, (fpr, tpr)), line in zip(arms.items(), itertools.cycle(LINES), strict=False):
+            ax.plot(fpr, tpr, **line, label=arm, linewidth=1.5)
         ax.set(title=title, xlabel="1 − specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
-        ax.legend(frameon=False, loc="lower right", fontsize="small")
+    add_legend(figure, panels)
     return to_png(figure)
 
 
@@ -87,11 +94,11 @@ def calibration_chart(tasks: Mapping[str, Mapping[str, Curve]]) -> bytes:
     figure, panels = axes(len(tasks), 4.0, 3.8)
     for ax, (title, arms) in zip(panels, tasks.items(), strict=True):
         ax.plot([0, 1], [0, 1], color="#999", linewidth=0.8, linestyle=":")
-        for (arm, (predicted, observed)), colour in zip(arms.items(), itertools.cycle(COLOURS), strict=False):
-            ax.plot(predicted, observed, "o-", color=colour, label=arm, linewidth=1.2, markersize=3)
+        for (arm, (predicted, observed)), line in zip(arms.items(), itertools.cycle(LINES), strict=False):
+            ax.plot(predicted, observed, marker="o", **line, label=arm, linewidth=1.2, markersize=3)
         ax.set(title=title, xlabel="mean probability", ylabel="share of positives", xlim=(0, 1), ylim=(0, 1.01))
         ax.set_aspect("equal")
-        ax.legend(frameon=False, loc="upper left", fontsize="small")
+    add_legend(figure, panels)
     return to_png(figure)
 
 
@@ -99,13 +106,13 @@ def band_chart(tasks: Mapping[str, Mapping[str, Sequence[tuple[float, ...]]]], x
     """tasks[title][line] = [(x, value, low, high)]: lines with bars for their intervals, one panel a task."""
     figure, panels = axes(len(tasks), 4.6, 3.6)
     for ax, (title, lines) in zip(panels, tasks.items(), strict=True):
-        for (name, points), colour in zip(lines.items(), itertools.cycle(COLOURS), strict=False):
+        for (name, points), line in zip(lines.items(), itertools.cycle(LINES), strict=False):
             at, value, low, high = (np.array(column, float) for column in zip(*points, strict=True))
             # a percentile interval may leave its value out
             bars = np.maximum(0, [value - low, high - value])
-            ax.errorbar(at, value, bars, fmt="o-", color=colour, label=name, linewidth=1.5, markersize=4, capsize=2)
+            ax.errorbar(at, value, bars, marker="o", **line, label=name, linewidth=1.5, markersize=4, capsize=2)
         ax.set(title=title, xlabel=x, ylabel=y)
-        ax.legend(frameon=False, fontsize="small")
+    add_legend(figure, panels)
     return to_png(figure)
 
 
@@ -114,15 +121,14 @@ def interval_chart(tasks: Mapping[str, Mapping[str, Estimate]], label: str) -> b
     arms = list(dict.fromkeys(arm for task in tasks.values() for arm in task))
     figure, panels = axes(len(tasks), 4.6, 0.9 + 0.34 * len(arms))
     for ax, (title, task) in zip(panels, tasks.items(), strict=True):
-        for arm, colour in zip(arms, itertools.cycle(COLOURS), strict=False):
+        for y, (arm, colour) in enumerate(zip(arms, itertools.cycle(COLOURS), strict=False)):
             if arm in task:
                 value, low, high = task[arm]
-                ax.plot([low, high], [arm, arm], color=colour, linewidth=2)
-                ax.plot(value, arm, "o", color=colour, markersize=6)
-                ax.annotate(f"{value:.3f}", (value, arm), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-        ax.set(title=title, xlabel=label)
-        ax.margins(y=0.25)
-        ax.invert_yaxis()
+                ax.plot([low, high], [y, y], color=colour, linewidth=2)
+                ax.plot(value, y, "o", color=colour, markersize=6)
+                ax.annotate(f"{value:.3f}", (value, y), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        ax.set(title=title, xlabel=label, ylim=(len(arms) - 0.5, -0.8))
+        ax.set_yticks(range(len(arms)), arms if ax is panels[0] else [""] * len(arms))
     return to_png(figure)
 
 

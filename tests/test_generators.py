@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from eval_samples import make_run
+from PIL import Image
 
 from benchmarks import generators
 from eval import statistics
@@ -82,7 +83,10 @@ def save(runs: list[Run], folder: Path) -> None:
 def test_tables_are_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(study((0.8, 1.1)), tmp_path)
     output = tmp_path / "out.json"
-    generators.main(["--classify", str(tmp_path / "report.json"), "--output", str(output), "--against", "oversampling"])
+    arguments = ["--classify", str(tmp_path / "report.json"), "--output", str(output)]
+    generators.main([*arguments, "--against", "oversampling", "--chart", str(tmp_path / "chart.png")])
+    with Image.open(tmp_path / "chart.png") as chart:
+        assert chart.format == "PNG" and chart.width > chart.height
     told = capsys.readouterr().out
     entry = read_json(output)["arms"]["tiger_f"]["benign-FTC"]
     assert f"| Tiger-F, 2 generators | {entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}] |" in told
