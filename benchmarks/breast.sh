@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Real images: BrEaST's breast ultrasound with the malignant class made rare, 12 of about 49 training images. Four folds
-# by patient, a generator for each, so that all 252 cases are tested once; three classifier seeds. Two hours on 2 cores.
+# by patient, a generator for each, so that all 252 cases are tested once; three classifier seeds. Over an hour on 2 cores.
 # Any command that was interrupted goes on where it was; run it again.
 #
 #   bash benchmarks/breast.sh BrEaST                 # the published folder (data/README.md) → runs/breast/classify
