@@ -6,7 +6,8 @@
 #   bash benchmarks/breast.sh BrEaST                 # the published folder (data/README.md) → runs/breast/classify
 #   bash benchmarks/breast.sh BrEaST runs/another
 set -euo pipefail
-readonly INPUT=$(realpath "${1:?the folder of BrEaST, see data/README.md}")
+INPUT=$(realpath "${1:?the folder of BrEaST, see data/README.md}")
+readonly INPUT
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly R=${2:-runs/breast}
