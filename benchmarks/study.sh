@@ -56,9 +56,7 @@ train finetune data/few.jsonl "$R/few_coarse" few_fine 0
 generate few_fine data/few.jsonl 400 few_images 0
 sets+=("few_shot=$R/few_images")
 
-# For the sweep over amounts: as many as 1,600 of each class, drawn and real.
-generate fine0 data 1600 many 0
-python -m data.prepare phantom --output_dir "$R/many_extra" --preset balanced --count 6400 --seed 7
+generate fine0 data 800 many 0 # for the sweep over amounts
 
 classify() { # classify OUTPUT FLAGS...
     python -m eval.classify --real "$R/data" --output "$R/$1" --share 0.9 --model resnet18 --image_size 64 \
@@ -67,9 +65,9 @@ classify() { # classify OUTPUT FLAGS...
 classify classify/report.json --fake "${sets[@]}" --extra_real "$R/extra" --seeds 0,1,2,3,4 \
     --arms none oversampling basic mixup cutmix erasing features "${sets[@]%%=*}" real_upper
 classify classify/real_share.json --fake "tiger_f_0=$R/tiger_f0" --seeds 0,1,2 \
-    --arms oversampling tiger_f_0 --real_share 0.25,0.5,1 --no_realism
-classify amounts/report.json --fake "tiger_f=$R/many" --extra_real "$R/many_extra" --seeds 0,1,2 \
-    --arms oversampling tiger_f real_upper --amounts 100,400,1600 --no_realism
+    --arms oversampling tiger_f_0 --real_share 0.5,1 --no_realism
+classify amounts/report.json --fake "tiger_f=$R/many" --seeds 0,1,2 \
+    --arms oversampling tiger_f --amounts 100,400,800 --no_realism
 
 if [[ -f $R/classify/report.json ]]; then
     python -m benchmarks.generators --classify "$R/classify/report.json" --output "$R/generators.json" \
