@@ -2,18 +2,17 @@
 
     python -m benchmarks.generators --classify runs/study/classify/report.json --output runs/study/generators.json
 
-The arms NAME_0, NAME_1, … of a report are taken together as NAME, drawn by that many generators. A figure is the mean
-over generators and classifier seeds. Its interval, and the test of a difference, are Student's t with three parts of
-variance: over patients (bootstrap), over classifier seeds, and over generators, of which three tell little. Differences
-are paired by patient and seed, and by number where both arms have generators, which share a coarse stage then. Holm's
-correction is over the differences of a figure. Where further real images gain clearly over oversampling, an arm's share
-of that is given too.
+The arms NAME_0, NAME_1, … of a report, NAME a method of eval/arms.py, are taken together as NAME, drawn by that many
+generators. A figure is the mean over generators and classifier seeds. Its interval, and the test of a difference, are
+Student's t with three parts of variance: over patients (bootstrap), over classifier seeds, and over generators, of
+which three tell little. Differences are paired by patient and seed, and by number where both arms have generators,
+which share a coarse stage then. Holm's correction is over the differences of a figure. Where further real images gain
+clearly over oversampling, an arm's share of that is given too.
 """
 
 import argparse
 import itertools
 import math
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,20 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval import charts, figures, scoring, statistics
-from eval.arms import UPPER, title
+from eval.arms import UPPER, generator_of, title
 from eval.figures import Run
 from eval.html import bounds
+from eval.tables import write_png
 from tiger.errors import InputError, run
-from tiger.files import atomic_path, read_json, write_json
+from tiger.files import read_json, write_json
 
 Array = NDArray[np.float64]
 BASELINE = "oversampling"
-
-
-def name_and_number(condition: str) -> tuple[str, int]:
-    """ "tiger_f_2" -> ("tiger_f", 2); what has no number is 0."""
-    numbered = re.fullmatch(r"(.+)_(\d+)", condition)
-    return (numbered[1], int(numbered[2])) if numbered else (condition, 0)
 
 
 def draw(runs: Sequence[Run], negative: str, resamples: int) -> dict[str, dict[str, Array]]:
@@ -47,8 +41,8 @@ def draw(runs: Sequence[Run], negative: str, resamples: int) -> dict[str, dict[s
     """
     trained: defaultdict[str, dict[tuple[int, int], Run]] = defaultdict(dict)
     for one in runs:
-        name, number = name_and_number(one.condition)
-        trained[name][number, one.seed] = one
+        method, number = generator_of(one.condition)
+        trained[method][int(number or 0), one.seed] = one
     seeds, patients = sorted({one.seed for one in runs}), runs[0].test.patients
     w = scoring.resample_weights(patients, resamples, np.random.default_rng(0))
     found: defaultdict[str, dict[str, Array]] = defaultdict(dict)
@@ -71,8 +65,7 @@ def aucs(one: Run, negative: str, w: Array) -> dict[str, Array]:
     for task, (n, c) in figures.pairs(one, negative).items():
         y, p, rows = figures.pair_scores(one.test, n, c)
         found[task.replace(" vs ", "-")] = scoring.auc(y, p, w[:, rows])
-    each = [scoring.auc(one.test.y == c, one.test.p[:, c], w) for c in range(len(one.classes))]
-    return found | {"macro": np.mean(each, axis=0)}
+    return found | {"macro": scoring.multiclass_figures(one.test.y, one.test.p, one.classes, w)["macro_auc"]}
 
 
 def estimate(of: Callable[..., Array], *arms: Array) -> dict[str, float]:
@@ -137,9 +130,9 @@ def table(report: Mapping[str, Any], against: Sequence[str]) -> str:
     return "\n".join([*lines, *rows("share of what further real images gain", report["shares"])])
 
 
-def named(arm: str, figures: Mapping[str, Any]) -> str:
+def named(arm: str, of: Mapping[str, Any]) -> str:
     """An arm's name, with how many generators it had."""
-    generators = next(iter(figures.values()))["generators"]
+    generators = next(iter(of.values()))["generators"]
     return title(arm) + (f", {generators} generators" if generators > 1 else "")
 
 
@@ -164,15 +157,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     report = read_json(args.classify)
     runs = figures.read_runs(Path(args.classify).parent, report["runs"])
-    drawn = draw(runs, report["settings"]["negative"], args.resamples)
-    known = {name_and_number(one.condition)[0] for one in runs}
+    known = {generator_of(one.condition)[0] for one in runs}
     if unknown := [arm for arm in args.against if arm not in known]:
         raise InputError(f"--against {' '.join(unknown)}: {args.classify} has {', '.join(sorted(known))}")
-    found = summarise(drawn, args.against)
+    found = summarise(draw(runs, report["settings"]["negative"], args.resamples), args.against)
     write_json(args.output, {"resamples": args.resamples} | found)
     if args.chart:
-        with atomic_path(args.chart) as temporary:
-            temporary.write_bytes(chart(found))
+        write_png(Path(args.chart), chart(found))
     print(table(found, args.against))
 
 

@@ -71,7 +71,7 @@ classify amounts/report.json --fake "tiger_f=$R/many" --seeds 0,1,2 \
 
 if [[ -f $R/classify/report.json ]]; then
     python -m benchmarks.generators --classify "$R/classify/report.json" --output "$R/generators.json" \
-        --against none oversampling sd_controlnet
+        --against none oversampling sd_controlnet --chart "$R/study.png"
 fi
 for report in classify/report classify/real_share amounts/report; do
     if [[ -f $R/$report.json ]]; then
