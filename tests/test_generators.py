@@ -45,6 +45,18 @@ def test_generators_are_one_arm_whose_figure_is_their_mean() -> None:
     assert [one["p_holm"] for one in of_figure] == pytest.approx(statistics.holm([one["p"] for one in of_figure]))
 
 
+def test_differences_of_a_figure_are_one_family_and_a_pair_is_tested_once() -> None:
+    drawn = generators.draw(study((0.5, 0.6, 0.7)), "benign", 300)
+    family = [
+        one for one in generators.summarise(drawn, ["oversampling", "real_upper"])["differences"]
+        if one["figure"] == "macro"
+    ]  # fmt: skip
+    pairs = [(one["arm"], one["against"]) for one in family]
+    assert pairs == [("real_upper", "oversampling"), ("tiger_f", "oversampling"), ("tiger_f", "real_upper")]
+    p = [one["p"] for one in family]
+    assert max(p) > 1e-3 and [one["p_holm"] for one in family] == pytest.approx(statistics.holm(p), rel=1e-6, abs=0)
+
+
 def test_generators_that_disagree_weaken_a_test() -> None:
     alike, apart = difference(study((1.1, 1.1, 1.1))), difference(study((0.6, 1.1, 1.6)))
     assert alike["value"] == pytest.approx(apart["value"], abs=0.03)
