@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.images import load_images, load_masks, name_rows, read_split
+from eval.images import add_knowledge, load_images, load_masks, name_rows, read_split
 from eval.judges import AttributeNet, load_attribute_net, normalise, predict_attributes, save_judge
 from eval.training import device, fit, shift
 from tiger.errors import InputError, run
@@ -69,7 +69,8 @@ def train(args: argparse.Namespace, command: str) -> None:
     """Train on split `train`, watch and measure on `test`, save."""
     torch.manual_seed(args.seed)
     knowledge = Knowledge.load(args.knowledge)
-    train_rows, held_out = read_split(args.data_dir, "train"), read_split(args.data_dir, "test")
+    train_rows = read_split(args.data_dir, "train", knowledge=args.knowledge)
+    held_out = read_split(args.data_dir, "test", knowledge=args.knowledge)
     stated = {name for row in train_rows.rows for name in row.attributes}
     categories = {name: list(category.terms) for name, category in knowledge.categories.items() if name in stated}
     if not categories:
@@ -125,7 +126,7 @@ def train(args: argparse.Namespace, command: str) -> None:
 def evaluate(args: argparse.Namespace, command: str) -> None:
     """Measure a trained attribute net on a split."""
     net = load_attribute_net(args.model).to(device())
-    rows = read_split(args.data_dir, args.split)
+    rows = read_split(args.data_dir, args.split, knowledge=args.knowledge)
     encode(rows, net.categories)  # values it cannot know are named
     metrics = measure(net, load_images(rows, net.resolution), [dict(row.attributes) for row in rows.rows])
     result = {"command": command, "split": args.split, **metrics}
@@ -141,7 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     t = modes.add_parser("train", formatter_class=show_defaults, allow_abbrev=False)
     t.add_argument("--data_dir", required=True, help="manifest with attributes, condition_fg and splits train, test")
     t.add_argument("--output_dir", required=True, help="folder for config.json, model.safetensors, metrics.json")
-    t.add_argument("--knowledge", default="thyroid", help="knowledge base whose terms it is to tell apart")
     t.add_argument("--max_train_steps", type=int, default=10000, help="optimizer steps")
     t.add_argument("--train_batch_size", type=int, default=32, help="images")
     t.add_argument("--learning_rate", type=float, default=2e-3, help="peak; warm-up, then cosine to 0")
@@ -154,6 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     e.add_argument("--split", default="test")
     e.add_argument("--model", default="assets/judges/attributes", help="folder of a trained attribute net")
     e.add_argument("--output", help="JSON file; printed in any case")
+    for mode in (t, e):
+        add_knowledge(mode)
     return parser
 
 

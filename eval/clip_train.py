@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from eval import statistics
 from eval.features import preparation
-from eval.images import group_of, load_images, patients_of, read_split, select_split
+from eval.images import add_knowledge, group_of, load_images, patients_of, read_split, select_split
 from eval.training import device, fit, shift
 from tiger.errors import InputError, run
 from tiger.files import read_json, write_json
@@ -163,7 +163,8 @@ def contrastive_loss(similarity: Tensor, fits: Tensor) -> Tensor:
 
 def train(args: argparse.Namespace, command: str) -> None:
     """Train on split `train`, measure on `test`, save."""
-    rows, held_out = read_split(args.data_dir, "train", synthetic=False), read_split(args.data_dir, "test")
+    rows = read_split(args.data_dir, "train", synthetic=False, knowledge=args.knowledge)
+    held_out = read_split(args.data_dir, "test", knowledge=args.knowledge)
     knowledge = Knowledge.load(args.knowledge)
     said = [phrases_of(row.text) for row in rows.rows]
     if empty := [row.file_name for row, phrases in zip(rows.rows, said, strict=True) if not phrases]:
@@ -264,8 +265,9 @@ def measure(clip: Clip, manifest: Manifest, knowledge: Knowledge, patient_of: di
 
 def evaluate(args: argparse.Namespace, command: str) -> None:
     """Measure synthetic images, and real ones beside them."""
-    real = read_split(args.real, None, synthetic=False)
-    test, fake = select_split(real, args.split), read_split(args.fake, None, synthetic=True)
+    real = read_split(args.real, None, synthetic=False, knowledge=args.knowledge)
+    fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
+    test = select_split(real, args.split)
     knowledge = Knowledge.load(args.knowledge)
     clip = load_clip(args.model).eval()
     if args.dry_run:
@@ -319,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     e.add_argument("--split", default="test", help="real rows to compare with")
     e.add_argument("--output", required=True, help="JSON file")
     for mode in (t, e):
-        mode.add_argument("--knowledge", default="thyroid", help="knowledge base: name or YAML file")
+        add_knowledge(mode)
         mode.add_argument("--dry_run", action="store_true", help="check the input and do nothing")
     return parser
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from eval import statistics
 from eval.images import (
+    add_knowledge,
     group_of,
     load_images,
     load_masks,
@@ -212,9 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--judges", default="assets/judges", help="folder with segmenter/ and attributes/ (default: %(default)s)"
     )
-    parser.add_argument(
-        "--knowledge", default="thyroid", help="knowledge base that prompts are read with (default: thyroid)"
-    )
+    add_knowledge(parser)
     parser.add_argument("--output", required=True, help="JSON file")
     parser.add_argument("--dry_run", action="store_true", help="check the input and judge nothing")
     return parser
@@ -225,7 +224,8 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     segmenter = load_segmenter(Path(args.judges) / "segmenter")
     attribute_net = load_attribute_net(Path(args.judges) / "attributes")
-    fake, every = read_split(args.fake, None, synthetic=True), read_split(args.real, None, synthetic=False)
+    fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
+    every = read_split(args.real, None, synthetic=False, knowledge=args.knowledge)
     real, patient_of = select_split(every, args.split), patients_of(every.rows)
     if len(fake.rows) < 2:
         raise InputError(f"{fake.path}: at least two generated images are needed")

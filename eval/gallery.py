@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from eval.charts import montage, outlined, to_rgb
-from eval.images import read_split
+from eval.images import add_knowledge, read_split
 from eval.page import escape
 from tiger.conditions import read_gray, read_mask
 from tiger.errors import InputError, run
@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--real", required=True, help="manifest of the real images they were made from")
     parser.add_argument("--fake", required=True, nargs="+", help="manifests of synthetic images")
     parser.add_argument("--output", required=True, help="HTML file; the contact sheet is a .png beside it")
+    add_knowledge(parser)
     parser.add_argument("--most", type=int, default=2000, help="images in the page, evenly spread (default: 2000)")
     parser.add_argument("--each", type=int, default=12, help="images of a class in the contact sheet (default: 12)")
     parser.add_argument("--size", type=int, default=128, help="side of a picture in pixels (default: 128)")
@@ -154,8 +155,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("most", "each", "size"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be at least 1")
-    real = read_split(args.real, None, synthetic=False)
-    fakes = [read_split(path, None, synthetic=True) for path in args.fake]
+    real = read_split(args.real, None, synthetic=False, knowledge=args.knowledge)
+    fakes = [read_split(path, None, synthetic=True, knowledge=args.knowledge) for path in args.fake]
     total = sum(len(fake.rows) for fake in fakes)
     step = max(1, -(-total // args.most))  # every step-th image
     shown = [Manifest(fake.path, fake.rows[::step]) for fake in fakes]

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.features import features_of, load_extractor
-from eval.images import load_images, load_masks, patients_of, read_split, require_column, select_split
+from eval.images import add_knowledge, load_images, load_masks, patients_of, read_split, require_column, select_split
 from eval.judges import (
     load_attribute_net,
     load_segmenter,
@@ -223,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--min_{name}", type=float, help=f"bound of {name} in place of the real images'")
     parser.add_argument("--most", type=int, help="keep no more than so many of a class, the best by mean rank")
     parser.add_argument("--judges", default="assets/judges", help="folder of the two nets (default: %(default)s)")
-    parser.add_argument("--knowledge", default="thyroid", help="knowledge base of the prompts (default: thyroid)")
+    add_knowledge(parser)
     add_extractor(parser)
     parser.add_argument("--dry_run", action="store_true", help="check the input and score nothing")
     return parser
@@ -247,8 +247,9 @@ def check_arguments(args: argparse.Namespace) -> Path:
 
 def check_judges(args: argparse.Namespace, fake: Manifest, real: Manifest) -> None:
     """Raise InputError where the rows lack what the nets' scores need, or the nets were trained on other images."""
-    if "attributes" in args.scores:
-        judges = Path(args.judges)
+    judges = Path(args.judges)
+    # The segmenter knows no words: whether it was taught on such images, the attribute net beside it tells.
+    if "attributes" in args.scores or ("mask" in args.scores and (judges / "attributes").is_dir()):
         net, knowledge = load_attribute_net(judges / "attributes"), Knowledge.load(args.knowledge)
         refuse_strangers(judges, net, (fake, real), knowledge, ", or --scores realism novelty usefulness")
     if "mask" in args.scores:
@@ -307,7 +308,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = _parser().parse_args(argv)
     output = check_arguments(args)
-    every, fake = read_split(args.real, None, synthetic=False), read_split(args.fake, None, synthetic=True)
+    every = read_split(args.real, None, synthetic=False, knowledge=args.knowledge)
+    fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
     refuse_leakage(every, [fake])
     train, real = select_split(every, "train"), select_split(every, "valid")
     check_judges(args, fake, real)

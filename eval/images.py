@@ -1,5 +1,6 @@
 """Manifest rows -> arrays in memory, for everything in `eval/` that looks at pixels."""
 
+import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,12 +13,26 @@ from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row
 
 
-def read_split(data_dir: str | Path, split: str | None, *, synthetic: bool | None = None) -> Manifest:
+def add_knowledge(parser: argparse.ArgumentParser) -> None:
+    """The flag of every command that reads manifests; `read_split` takes its value."""
+    parser.add_argument(
+        "--knowledge",
+        default="thyroid",
+        help="knowledge base of prompts, reports and attributes: name or YAML file (default: %(default)s)",
+    )
+
+
+def read_split(
+    data_dir: str | Path, split: str | None, *, synthetic: bool | None = None, knowledge: str | Path = "thyroid"
+) -> Manifest:
     """The rows of one split (None: all rows), of synthetic or of real images alone where that is asked for.
 
+    Args:
+        data_dir: folder with a metadata.jsonl, or that file.
+        knowledge: name or file of the knowledge base that takes reports in one `text` column apart.
     Raises InputError where there are none, for no judgement can be made on nothing.
     """
-    rows = manifests.read(data_dir, Knowledge.load("thyroid"))
+    rows = manifests.read(data_dir, Knowledge.load(knowledge))
     kind = rows.select(synthetic=synthetic)
     if not kind.rows:
         found = "no row is marked synthetic; give what generation.py wrote" if synthetic else "every row is synthetic"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from eval import charts, page, statistics
 from eval.features import features_of, load_extractor
-from eval.images import group_of, load_native, patients_of, read_split
+from eval.images import add_knowledge, group_of, load_native, patients_of, read_split
 from eval.leakage import held_out
 from eval.metrics import Features, nearest
 from eval.quality import add_extractor
@@ -327,6 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fake", required=True, help="manifest of synthetic images")
     parser.add_argument("--output", required=True, help="JSON file; a page of the same name is written beside it")
     add_extractor(parser)
+    add_knowledge(parser)
     parser.add_argument("--seed", type=int, default=0, help="of draws, cells and resamples (default: 0)")
     parser.add_argument("--dry_run", action="store_true", help="check the input and measure nothing")
     return parser
@@ -335,8 +336,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = _parser().parse_args(argv)
-    real = read_split(args.real, None, synthetic=False)
-    fake = read_split(args.fake, None, synthetic=True)
+    real = read_split(args.real, None, synthetic=False, knowledge=args.knowledge)
+    fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
     train, held = real.select(split="train"), Manifest(real.path, tuple(held_out(real)))
     if problems := straddling_patients(real.rows):
         raise InputError(f"{real.path}: {'; '.join(problems)}")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from eval import statistics, topology
 from eval.features import DEFAULT, Extractor, default_cache, features_of, load_extractor, probabilities
-from eval.images import group_of, patients_of, read_split, select_split
+from eval.images import add_knowledge, group_of, patients_of, read_split, select_split
 from eval.metrics import (
     Features,
     K,
@@ -209,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         help="'all' adds FID∞, the geometry score, the Inception score and SIFID: minutes (default: quick)",
     )
     add_extractor(parser)
+    add_knowledge(parser)
     parser.add_argument("--seed", type=int, default=0, help="of splits and resamples (default: 0)")
     parser.add_argument("--dry_run", action="store_true", help="check the input and measure nothing")
     return parser
@@ -229,10 +230,10 @@ def add_extractor(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = _parser().parse_args(argv)
-    every = read_split(args.real, None, synthetic=False)
+    every = read_split(args.real, None, synthetic=False, knowledge=args.knowledge)
     train = every.select(split="train")
     real = every if args.split == "all" else select_split(every, args.split)
-    fake = read_split(args.fake, None, synthetic=True)
+    fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
     sets, left_out = class_sets(real, fake, patients_of(every.rows))
     for label, one in left_out.items():
         print(f"warning: class {label} has too few images and is left out: {one}", file=sys.stderr)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.images import load_images, load_masks, read_split
+from eval.images import add_knowledge, load_images, load_masks, read_split
 from eval.judges import Segmenter, load_segmenter, mask_iou, normalise, save_judge, segment
 from eval.training import device, fit, shift
 from tiger.errors import InputError, run
@@ -61,8 +61,8 @@ def train(args: argparse.Namespace, command: str) -> None:
     """Train on split `train`, watch and measure on `test`, by which nothing is chosen, save."""
     torch.manual_seed(args.seed)
     net = Segmenter(args.width, args.resolution).to(memory_format=torch.channels_last).to(device())
-    train_rows = read_split(args.data_dir, "train")
-    held_out = read_split(args.data_dir, "test")
+    train_rows = read_split(args.data_dir, "train", knowledge=args.knowledge)
+    held_out = read_split(args.data_dir, "test", knowledge=args.knowledge)
     images, masks = load_images(train_rows, args.resolution), load_masks(train_rows, args.resolution)
     test_images, test_masks = load_images(held_out, args.resolution), load_masks(held_out, args.resolution)
     if args.dry_run:
@@ -97,7 +97,7 @@ def train(args: argparse.Namespace, command: str) -> None:
 def evaluate(args: argparse.Namespace, command: str) -> None:
     """Measure a trained segmenter on a split."""
     net = load_segmenter(args.model).to(device())
-    rows = read_split(args.data_dir, args.split)
+    rows = read_split(args.data_dir, args.split, knowledge=args.knowledge)
     metrics = measure(net, load_images(rows, net.resolution), load_masks(rows, net.resolution))
     result = {"command": command, "split": args.split, **metrics}
     if args.output is not None:
@@ -124,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     e.add_argument("--split", default="test")
     e.add_argument("--model", default="assets/judges/segmenter", help="folder of a trained segmenter")
     e.add_argument("--output", help="JSON file; printed in any case")
+    for mode in (t, e):
+        add_knowledge(mode)
     return parser
 
 

@@ -232,6 +232,8 @@ def test_images_that_the_judges_were_not_trained_on_are_refused(
     told = capsys.readouterr().err
     assert "does not know the margin 'spiculated'" in told
     assert "or --scores realism novelty usefulness" in told
+    assert run(gate.main, command(real, fake, JUDGES, "--scores", "mask", "--dry_run")) == 2
+    assert "does not know the margin 'spiculated'" in capsys.readouterr().err
     assert run(gate.main, command(real, fake, JUDGES, "--scores", "realism", "novelty", "usefulness")) == 0
     with pytest.raises(SystemExit):
         gate.main(["--help"])

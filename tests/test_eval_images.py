@@ -1,0 +1,62 @@
+"""eval/images.py: what every evaluation command reads."""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from eval_samples import write_dataset
+
+from eval.images import read_split
+from tiger.errors import InputError, run
+from tiger.manifest import Manifest
+
+COMMANDS = {
+    "quality": ["--output", "report.json"],
+    "privacy": ["--output", "report.json"],
+    "gallery": ["--output", "page.html"],
+    "gate": ["--output", "fake/kept.jsonl", "--scores", "novelty"],
+}
+
+
+def with_reports(rows: Manifest, report: str) -> Manifest:
+    """The same rows with one column `text` in the place of two."""
+    records = [json.loads(line) for line in rows.path.read_text().splitlines()]
+    for record in records:
+        del record["text_fg"], record["text_bg"]
+        record["text"] = report
+    rows.path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return rows
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Manifest:
+    counts = {split: {"benign": 6, "PTC": 6} for split in ("train", "valid", "test")}
+    return with_reports(write_dataset(tmp_path / "real", counts), "melanoma, atypical pigment network")
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Manifest:
+    rows = write_dataset(tmp_path / "fake", {"train": {"benign": 8, "PTC": 8}}, seed=1, synthetic=True, prefix="S")
+    return with_reports(rows, "melanoma, atypical pigment network")
+
+
+def test_one_text_column_is_taken_apart_by_the_knowledge_base_that_is_named(real: Manifest) -> None:
+    rows = read_split(real.path, "test", knowledge="skin").rows
+    assert len(rows) == 12 and "atypical pigment network" in rows[0].text
+    with pytest.raises(InputError, match="names no term on the lesion that the thyroid"):
+        read_split(real.path, "test")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_reads_reports_on_other_organs(
+    name: str, real: Manifest, fake: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    main: Callable[[list[str] | None], None] = importlib.import_module(f"eval.{name}").main
+    monkeypatch.chdir(tmp_path)
+    command = [*COMMANDS[name], "--real", str(real.path), "--fake", str(fake.path)]
+    assert run(main, command) == 2
+    assert "choose another one by --knowledge" in capsys.readouterr().err
+    assert run(main, [*command, "--knowledge", "skin", *([] if name == "gallery" else ["--dry_run"])]) == 0
