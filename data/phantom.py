@@ -131,6 +131,9 @@ class Phantom:
     thyroid: NDArray[np.uint8]
 
 
+CATEGORIES = (*CLASS_ATTRIBUTES["benign"], "direction", *_QUALITY)  # what `render` needs a term for
+
+
 @dataclass(frozen=True)
 class Preset:
     """What a data set holds. `shares` are training shares a class; `held_out` are the valid and test sizes as a
