@@ -66,7 +66,7 @@ def decoded(real: Manifest, model: str, count: int) -> Iterator[tuple[Row, NDArr
         pixels = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
         with torch.no_grad():
             latents = vae.encode(pixels, return_dict=False)[0].mode()
-            grey = vae.decode(latents, return_dict=False)[0].mean(1)
+            grey = vae.decode(latents, return_dict=False)[0].mean(1)  # type: ignore[arg-type]
         for row, image in zip(part, ((grey + 1) * 127.5).clamp(0, 255).round().byte().numpy(), strict=True):
             yield stand_in(row, source="decoded"), image
 
