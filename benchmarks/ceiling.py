@@ -18,11 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.autoencoder import reconstruct
 from data import phantom
 from eval.images import load_images, read_split
 from tiger.components import load_components
@@ -51,7 +51,7 @@ def drawn_as_asked(fake: Manifest, seed: int) -> Iterator[tuple[Row, NDArray[np.
 
 def decoded(real: Manifest, model: str, count: int) -> Iterator[tuple[Row, NDArray[np.uint8]]]:
     """(row, (S, S) uint8 image): `count` training images of each class after encoding (the mean) and decoding."""
-    vae = load_components(model).vae.eval()
+    vae = load_components(model).vae
     taken: Counter[str | None] = Counter()
     rows = []
     for row in real.rows:
@@ -63,11 +63,7 @@ def decoded(real: Manifest, model: str, count: int) -> Iterator[tuple[Row, NDArr
     for start in tqdm(range(0, len(rows), BATCH), desc="decode", unit="batch"):
         part = rows[start : start + BATCH]
         images = load_images(Manifest(real.path, tuple(part)), vae.config["sample_size"])
-        pixels = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
-        with torch.no_grad():
-            latents = vae.encode(pixels, return_dict=False)[0].mode()
-            grey = vae.decode(latents, return_dict=False)[0].mean(1)  # type: ignore[arg-type]
-        for row, image in zip(part, ((grey + 1) * 127.5).clamp(0, 255).round().byte().numpy(), strict=True):
+        for row, image in zip(part, reconstruct(vae, images), strict=True):
             yield stand_in(row, source="decoded"), image
 
 

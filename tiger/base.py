@@ -348,8 +348,8 @@ def new_unet(sample_size: int) -> UNet2DConditionModel:
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         block_out_channels=(48, 96, 112),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,  # a halo is one or two cells wide: words count at full size too
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
         layers_per_block=1,
         norm_num_groups=8,
         attention_head_dim=4,  # diffusers reads this as the number of heads
