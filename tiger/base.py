@@ -339,7 +339,7 @@ def train_text_encoder(args: argparse.Namespace) -> None:
 
 
 def new_unet(sample_size: int) -> UNet2DConditionModel:
-    """A text-conditioned U-Net of 5 M parameters; pooled text also joins the time embedding.
+    """A text-conditioned U-Net of 4.7 M parameters; pooled text also joins the time embedding.
 
     Widths of 32 are avoided: the CPU library's convolutions from 3 or 8 to 32 channels are two orders slower here.
     """
