@@ -39,7 +39,7 @@ stages() {
         python -m eval.control --real "$R/data" --fake "$R/generated" --output "$R/control.json" # 15 s
     stage classify "benefit: classifiers trained with and without synthetic images" \
         python -m eval.classify --real "$R/data" --fake "$R/generated" --extra_real "$R/extra" \
-        --output "$R/classify/report.json" --share 0.5 --model resnet18 --image_size 64 --max_train_steps 400 # 240 s
+        --output "$R/classify/report.json" --share 0.9 --model resnet18 --image_size 64 --max_train_steps 400 # 240 s
     stage report.html "report" \
         python -m eval.report --run "$R"
 }

@@ -41,9 +41,14 @@ for seed in 0 1 2; do
     generate "fine$seed" data 400 "tiger_n$seed" "$seed" --prompts names
     generate "fine$seed" data 400 "coarse_images$seed" "$seed" --fg_scale 0 --bg_scale 0 # the coarse U-Net alone
     generate "controlnet$seed" data 400 "sd_controlnet$seed" "$seed" --branches fg
-    for arm in tiger_f tiger_n sd_controlnet; do sets+=("${arm}_$seed=$R/$arm$seed"); done
+    # What would drawing exactly what Tiger-F was asked for give?
+    python -m benchmarks.ceiling requests --fake "$R/tiger_f$seed" --output_dir "$R/perfect$seed" --seed "$seed"
+    for arm in tiger_f tiger_n sd_controlnet perfect; do sets+=("${arm}_$seed=$R/$arm$seed"); done
     sets+=("coarse_$seed=$R/coarse_images$seed")
 done
+# And what does the autoencoder cost?
+python -m benchmarks.ceiling decoder --real "$R/extra" --model assets/tiny-base --count 400 --output_dir "$R/decoded"
+sets+=("decoded=$R/decoded")
 # What if the knowledge base's frequencies were wrong by up to 30 %?
 python -m benchmarks.perturb --by 0.3 --seed 0 "$R/thyroid-0.yaml"
 generate fine0 data 400 perturbed0 0 --knowledge "$R/thyroid-0.yaml"

@@ -1,0 +1,55 @@
+"""benchmarks/prompts.py: a base that does not read its prompts has no rise, one that does has."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import prompts
+from data import phantom
+from tiger.components import load_components
+from tiger.knowledge import Knowledge
+from tiger.manifest import Manifest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return phantom.write_dataset(tmp_path_factory.mktemp("data"), 24, 4, "balanced", workers=1)
+
+
+class Reads(nn.Module):
+    """A U-Net's stand-in: says the noise back, and what the prompt says as far as `weight` lets it."""
+
+    def __init__(self, weight: float):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, noisy: torch.Tensor, timestep: int, states: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=noisy + self.weight * states.mean((1, 2)).view(-1, 1, 1, 1))
+
+
+def test_terms_are_replaced_by_others_that_occur(rows: Manifest) -> None:
+    own = [row.attributes["halo"] for row in rows.rows]
+    others = prompts.other_terms(rows, "halo", np.random.default_rng(0))
+    assert all(other != term for other, term in zip(others, own, strict=True)) and set(others) <= set(own)
+
+
+def test_only_a_network_that_reads_its_prompt_has_a_rise(rows: Manifest) -> None:
+    parts, knowledge = load_components(str(ROOT / "assets/tiny-base")), Knowledge.load("thyroid")
+    found = {}
+    for weight in (0.0, 5.0):
+        parts.unet = Reads(weight)  # type: ignore[assignment]
+        found[weight] = prompts.rises(parts, rows, knowledge, ["halo", "brightness"])
+    assert found[0.0] == {"halo": [0, 0], "brightness": [0, 0]}
+    assert all(rise != 0 and error > 0 for rise, error in found[5.0].values())
+
+
+def test_the_embedded_base_reads_what_an_image_plainly_shows(rows: Manifest) -> None:
+    parts = load_components(str(ROOT / "assets/tiny-base"))
+    ((rise, error),) = prompts.rises(parts, rows, Knowledge.load("thyroid"), ["brightness"]).values()
+    assert rise > 3 * error > 0
