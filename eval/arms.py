@@ -45,6 +45,7 @@ NAMES = {  # as tables and pages have them; a set of synthetic images that is no
     "sd_controlnet": "Stable Diffusion + ControlNet",
     "tiger_n": "Tiger-N",
     "tiger_f": "Tiger-F",
+    "perfect": "drawn exactly as Tiger-F was asked",  # benchmarks/ceiling.py
     "real_upper": "further real images",
 }
 MODE = v2.InterpolationMode.BILINEAR
