@@ -1,4 +1,4 @@
-"""benchmarks/ceiling.py: stand-ins for what perfect generators would draw."""
+"""benchmarks/ceiling.py: stand-ins for the images of better generators."""
 
 import json
 from pathlib import Path

@@ -12,6 +12,7 @@ from eval.images import read_split
 from tiger.errors import InputError, run
 from tiger.manifest import Manifest
 
+JUDGES = Path(__file__).parents[1] / "assets/judges"
 COMMANDS = {
     "quality": ["--output", "report.json"],
     "privacy": ["--output", "report.json"],
@@ -60,3 +61,26 @@ def test_every_command_reads_reports_on_other_organs(
     assert run(main, command) == 2
     assert "choose another one by --knowledge" in capsys.readouterr().err
     assert run(main, [*command, "--knowledge", "skin", *([] if name == "gallery" else ["--dry_run"])]) == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "segment train --data_dir real --output_dir out --max_train_steps 1 --dry_run",
+        "attributes train --data_dir real --output_dir out --max_train_steps 1 --dry_run",
+        "clip_train train --data_dir real --output_dir out --max_train_steps 1 --dry_run",
+        "control --real real --fake fake --output report.json --dry_run --judges JUDGES",
+    ],
+)
+def test_trainers_and_judges_read_them_too(
+    command: str, real: Manifest, fake: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Past the reading they may have other reasons to refuse these rows, which state a place in the thyroid."""
+    name, *more = command.replace("JUDGES", str(JUDGES)).split()
+    main: Callable[[list[str] | None], None] = importlib.import_module(f"eval.{name}").main
+    monkeypatch.chdir(tmp_path)
+    assert run(main, more) == 2
+    assert "names no term on the lesion that the thyroid" in capsys.readouterr().err
+    run(main, [*more, "--knowledge", "skin"])
+    assert "names no term on the lesion" not in capsys.readouterr().err
