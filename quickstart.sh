@@ -20,26 +20,26 @@ total=$(grep -c '^    stage ' quickstart.sh)
 # What each stage runs, and what it leaves in $R. Seconds are for 2 cores.
 stages() {
     stage data "phantom ultrasound with known truth, a long tail of classes" \
-        python -m data.prepare phantom --output_dir "$R/data" --preset longtail --count 1200 --seed 3 # 40 s
+        python -m data.prepare phantom --output_dir "$R/data" --preset longtail --count 1200 --seed 3 # 20 s
     stage extra "further real images, for the upper bound" \
-        python -m data.prepare phantom --output_dir "$R/extra" --preset balanced --count 1000 --seed 4 # 12 s
+        python -m data.prepare phantom --output_dir "$R/extra" --preset balanced --count 1000 --seed 4 # 11 s
     stage pretrain "coarse training: the U-Net learns the data's prompts" \
         bash pretrain.sh --config configs/pretrain-tiny.yaml --data_dir "$R/data" --pretrained_model assets/tiny-base \
-        --output_dir "$R/pretrain" --cache_dir "$R/cache" --seed 0 # 150 s
+        --output_dir "$R/pretrain" --cache_dir "$R/cache" --seed 0 # 180 s
     stage finetune "fine training: both control encoders and their fusion" \
         bash finetune.sh --config configs/finetune-tiny.yaml --data_dir "$R/data" --pretrained_model "$R/pretrain" \
-        --output_dir "$R/finetune" --cache_dir "$R/cache" --seed 0 # 240 s
+        --output_dir "$R/finetune" --cache_dir "$R/cache" --seed 0 # 250 s
     stage generated "synthesis" \
         python generation.py --model "$R/finetune" --data_dir "$R/data" --output_dir "$R/generated" \
         --count benign=250,PTC=250,FTC=250,MTC=250 --steps 6 --scheduler dpmsolver++ --guidance_scale 2 \
-        --batch_size 25 --seed 0 # 85 s
+        --batch_size 25 --seed 0 # 100 s
     stage quality.json "image quality" \
-        python -m eval.quality --real "$R/data" --fake "$R/generated" --output "$R/quality.json" # 25 s
+        python -m eval.quality --real "$R/data" --fake "$R/generated" --output "$R/quality.json" # 35 s
     stage control.json "control: masks, maps and prompts against what the images show" \
-        python -m eval.control --real "$R/data" --fake "$R/generated" --output "$R/control.json" # 15 s
+        python -m eval.control --real "$R/data" --fake "$R/generated" --output "$R/control.json" # 25 s
     stage classify "benefit: classifiers trained with and without synthetic images" \
         python -m eval.classify --real "$R/data" --fake "$R/generated" --extra_real "$R/extra" \
-        --output "$R/classify/report.json" --share 0.9 --model resnet18 --image_size 64 --max_train_steps 400 # 240 s
+        --output "$R/classify/report.json" --share 0.9 --model resnet18 --image_size 64 --max_train_steps 400 # 230 s
     stage report.html "report" \
         python -m eval.report --run "$R"
 }
