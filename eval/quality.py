@@ -7,6 +7,7 @@
 
 Sets that are compared have equally many images of each class, and the floor is the same figure between two such sets of
 real images which share no patient: FID, coverage and others depend on the number of images more than on anything else.
+A generator that has seen the held-out images or patients compared with is refused; `--split train` is for those it saw.
 
     from eval.quality import fid, kid, cmmd, density_coverage, precision_recall, geometry_score, ssim   # numpy arrays
 """
@@ -26,7 +27,11 @@ from tqdm import tqdm
 from eval import statistics, topology
 from eval.features import DEFAULT, Extractor, default_cache, features_of, load_extractor, probabilities
 from eval.images import add_knowledge, group_of, patients_of, read_split, select_split
+from eval.leakage import refuse_leakage
 from eval.metrics import (
+    CMMD_SCALE,
+    CMMD_SIGMA,
+    POINTS,
     Features,
     K,
     cmmd,
@@ -41,6 +46,7 @@ from eval.metrics import (
     precision_recall,
 )
 from eval.similarity import MEASURES, Measure, gradient_similarity, pair_report, ssim
+from eval.similarity import RESAMPLES as PAIR_RESAMPLES
 from eval.similarity import VARIANT as SSIM_VARIANT
 from eval.topology import geometry_score
 from tiger.errors import InputError, run
@@ -56,7 +62,11 @@ FEWEST = 2  # images of a class in a set; a class with fewer is left out
 REPEATS = 10  # random splits that a value is averaged over
 RESAMPLES = 100
 SLOW_RESAMPLES = 30  # of --metrics all
-SHARES = ("coverage", "precision", "recall")  # within 0 and 1, which a centred interval need not respect
+RANGES = {  # what a normal interval need not respect; the other figures may be negative
+    **dict.fromkeys(("coverage", "precision", "recall"), (0, 1)),
+    **dict.fromkeys(("fid", "cmmd", "density", "geometry_score"), (0, np.inf)),
+    "inception_score": (1, np.inf),
+}
 
 # ------------------------------------------------------------------------------------------------ figures of two sets
 
@@ -163,7 +173,11 @@ def compare(
     seed: int,
     tick: Callable[[], object],
 ) -> dict[str, Any]:
-    """metric -> value, interval and floor, at n images of each class."""
+    """metric -> value, interval and floor, at n images of each class.
+
+    The interval is normal about the value, with the spread of the resamples. Their mean is no estimate, for an image
+    that is drawn twice makes sets less alike; and 30 tell a spread, but hardly a percentile.
+    """
     values: list[dict[str, float]] = []
     floors: list[dict[str, float]] = []
     for i in range(REPEATS):
@@ -179,13 +193,25 @@ def compare(
     report: dict[str, Any] = {}
     for name in values[0]:
         value = float(np.mean([v[name] for v in values]))
-        drawn = np.array([d[name] for d in draws])
-        low, high = statistics.percentile_interval(drawn - drawn.mean() + value)
-        if name in SHARES:
-            low, high = max(low, 0.0), min(high, 1.0)
+        margin = statistics.Z * float(np.std([d[name] for d in draws], ddof=1))
+        low, high = np.clip([value - margin, value + margin], *RANGES.get(name, (-np.inf, np.inf)))
         floor = float(np.mean([v[name] for v in floors]))
-        report[name] = {"value": value, "low": low, "high": high, "floor": floor}
+        report[name] = {"value": value, "low": float(low), "high": float(high), "floor": floor}
     return report
+
+
+def settings(extractor: Extractor) -> dict[str, Any]:
+    """What the figures depend on besides the images."""
+    clip = extractor.name.startswith("clip ")
+    variant = "CMMD" if clip else "MMD² with CMMD's constants: these features, at length 1, are not CLIP's"
+    return {
+        "repeats": REPEATS,
+        "resamples": {"quick": RESAMPLES, "slow": SLOW_RESAMPLES, "pairs": PAIR_RESAMPLES},
+        "cmmd": {"variant": variant, "sigma": CMMD_SIGMA, "scale": CMMD_SCALE},
+        "density, coverage, precision, recall": {"k": K},
+        "fid_infinity": {"sizes": POINTS, "shrinks": "both sets, from n to n / 4"},
+        "geometry_score": {"L0": topology.LANDMARKS, "gamma": topology.GAMMA, "trials": topology.TRIALS},
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------- CLI
@@ -235,6 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     real = every if args.split == "all" else select_split(every, args.split)
     fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
     sets, left_out = class_sets(real, fake, patients_of(every.rows))
+    unchecked = refuse_leakage(Manifest(every.path, (*train.rows, *real.rows)), [fake])
     for label, one in left_out.items():
         print(f"warning: class {label} has too few images and is left out: {one}", file=sys.stderr)
     extractor = load_extractor(args.extractor, args.extractor_weights)
@@ -272,9 +299,12 @@ def main(argv: list[str] | None = None) -> None:
         "left_out": {label: str(one) for label, one in left_out.items()},
         "value": f"mean over {REPEATS} random sets of n images, equally many of a class on both sides",
         "floor": "the same between two sets of n real images without a common patient; of pairs: 'random real'",
-        "interval": f"95 %, {RESAMPLES} bootstrap resamples of patients, centred on the value; a synthetic image "
-        f"belongs to that of its map; {SLOW_RESAMPLES} resamples for the sets of --metrics all",
+        "interval": f"95 %, normal about the value, its spread that of {RESAMPLES} bootstrap resamples of patients "
+        f"({SLOW_RESAMPLES} for what --metrics all adds); a synthetic image belongs to that of its map; of pairs, the "
+        "percentiles of resamples of the patients of both sides",
         "ssim": SSIM_VARIANT,
+        "settings": settings(extractor),
+        "unchecked": unchecked,
         "overall": results.pop("overall"),
         "per_class": results,
     }

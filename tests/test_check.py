@@ -238,12 +238,9 @@ def test_dark_images_are_not_taken_for_copies_of_each_other(folder: Folder, tmp_
     assert len(read(tmp_path / "out").rows) == 6
 
 
-def test_phash_is_imagehashs_reference():
-    reference = Path(imagehash.__file__).parents[1] / "imagehash" / "tests" / "data" / "imagehash.png"
+def test_phash_is_imagehashs():
     gray = picture(3)
     assert perceptual_hash(gray) == int(str(imagehash.phash(Image.fromarray(gray))), 16)
-    if reference.is_file():
-        assert f"{perceptual_hash(read_gray(reference)):016x}" == "ba8c84536bd3c366"
 
 
 @pytest.mark.parametrize("distance", [0, 3, 6])

@@ -9,7 +9,7 @@ import torch
 from eval_samples import write_dataset
 
 from eval import clip_train, features
-from tiger.errors import run
+from tiger.errors import InputError, run
 
 TINY = ["--resolution", "32", "--width", "48", "--train_batch_size", "16", "--learning_rate", "0.0003"]
 COUNTS = {"train": {"benign": 80}, "test": {"benign": 40}}
@@ -44,13 +44,17 @@ def test_it_learns_and_judges(trained: tuple[Path, Path], tmp_path: Path) -> Non
         clip_train.main(["evaluate", *given])
         found[name] = json.loads(output.read_text())
     right, wrong_ones = found["right"]["synthetic"], found["wrong"]["synthetic"]
-    assert right["agreement"] > 0.7 > 0.5 > wrong_ones["agreement"]
+    assert right["agreement"]["low"] > 0.6 > wrong_ones["agreement"]["value"]
+    for name, interval in right["categories"]["location"].items():  # the only category
+        assert name not in right["agreement"] or right["agreement"][name] == pytest.approx(interval, abs=0.02)
     assert right["agreement_shuffled"] < 0.55
     assert found["right"]["able"] == ["location"]
     assert right["by_label"] == {"benign": right["agreement"]}
     assert right["clip_score"]["value"] > right["shuffled"]["value"]
     assert found["right"]["real"] == found["wrong"]["real"]
-    assert found["right"]["real"]["agreement"] == pytest.approx(metrics["agreement"], abs=0.05)
+    assert found["right"]["real"]["n"] == right["n"] == 30  # of 40
+    assert found["right"]["real"]["agreement"]["value"] == pytest.approx(metrics["agreement"]["value"], abs=0.1)
+    assert found["right"]["resize"] == metrics["resize"] == features.RESIZE
     assert found["right"]["model_made_by"] == metrics["command"]
 
 
@@ -96,6 +100,26 @@ def test_phrases_are_drawn_in_order() -> None:
         ("benign",), ("solid",), ("upper pole",), ("benign", "solid"), ("benign", "upper pole"),
         ("solid", "upper pole"), ("benign", "solid", "upper pole"),
     }  # fmt: skip
+
+
+def test_agreement_is_a_plain_mean_over_the_categories_that_are_stated() -> None:
+    nan = np.nan
+    assert clip_train.mean_share(np.array([[1, nan, 0], [0, nan, nan], [1, nan, nan], [0, nan, nan]])) == 0.25
+
+
+def test_both_sides_have_the_same_classes(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    model, _ = trained
+    real = write_dataset(tmp_path / "real", {"test": {"benign": 9, "FTC": 3, "PTC": 4}})
+    fake = write_dataset(tmp_path / "fake", {"train": {"benign": 5, "FTC": 8, "MTC": 2}}, synthetic=True, prefix="S")
+    given = ["--model", str(model), "--fake", str(fake.root), "--output", str(tmp_path / "clip.json")]
+    clip_train.main(["evaluate", *given, "--real", str(real.root)])
+    report = json.loads((tmp_path / "clip.json").read_text())
+    for side in ("synthetic", "real"):
+        assert report[side]["n"] == 5 + 3
+        assert set(report[side]["by_label"]) == {"benign", "FTC"}
+    other = write_dataset(tmp_path / "other", {"test": {"PTC": 2}})
+    with pytest.raises(InputError, match="no class in common with split 'test'"):
+        clip_train.main(["evaluate", *given, "--real", str(other.root)])
 
 
 def test_wrong_input_is_one_line(trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

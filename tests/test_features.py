@@ -92,6 +92,19 @@ def test_cache_follows_content_and_extractor(tmp_path: Path, monkeypatch: pytest
         assert Counting.calls == more
 
 
+def test_the_same_weights_prepared_otherwise_do_not_share_a_cache(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    classifier.save(timm.create_model("resnet18", num_classes=2), tmp_path, "resnet18", 224, ["a", "b"])
+    here, there = (
+        features.load_extractor(*given)  # normalised as it was trained here, and as timm's
+        for given in ((str(tmp_path),), ("resnet18", tmp_path / "model.safetensors"))
+    )
+    manifest = write_dataset(tmp_path / "data", {"train": {"benign": 1}})
+    first, second = (features.features_of(manifest, one, tmp_path / "cache") for one in (here, there))
+    assert not np.allclose(first, second, rtol=1e-2)
+    assert np.array_equal(second, features.features_of(manifest, there, None))
+
+
 def test_local_checkpoint_of_torchvision(tmp_path: Path) -> None:
     import torchvision
 
@@ -215,6 +228,16 @@ def test_local_clip(tmp_path: Path) -> None:
     assert np.linalg.norm(found) == pytest.approx(1, abs=1e-5)  # as CMMD takes it
     assert extractor.head is None
     assert not extractor.has_positions
+    names = {extractor.name}
+    for file, old, new in (("config.json", "quick_gelu", "gelu"), ("preprocessor_config.json", "0.4]", "0.45]")):
+        text = (tmp_path / file).read_text()
+        assert old in text
+        (tmp_path / file).write_text(text.replace(old, new))
+        names.add(features.load_extractor(str(tmp_path)).name)
+    assert len(names) == 3  # other features, other names
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 28, "image_mean": [0.5], "image_std": [1]}))
+    with pytest.raises(InputError, match=r"preprocessor_config\.json: has no crop_size"):
+        features.load_extractor(str(tmp_path))
 
 
 def test_local_dinov2(tmp_path: Path) -> None:

@@ -81,9 +81,6 @@ def test_kid_is_the_unbiased_estimator(monkeypatch: pytest.MonkeyPatch, cells: i
     np.fill_diagonal(yy, 0)
     expected = xx.sum() / (60 * 59) + yy.sum() / (45 * 44) - 2 * xy.mean()
     assert metrics.kid(a, b) == pytest.approx(expected, rel=1e-10)
-    assert metrics.kid(a[:30], b[:30], subset_size=30, subsets=2) == pytest.approx(metrics.kid(a[:30], b[:30]))
-    with pytest.raises(ValueError, match="subset_size 50 exceeds the 45"):
-        metrics.kid(a, b, subset_size=50)
 
 
 def test_kid_of_equal_distributions_is_zero_on_average() -> None:
@@ -153,23 +150,28 @@ def test_precision_and_recall_are_those_of_torch_fidelity() -> None:
 
 
 def test_coverage_of_equal_distributions() -> None:
-    """Naeem et al. 2020: 1 − 1 / 2^k in the limit; 0.969 for k = 5."""
+    """Naeem et al. 2020: 1 − 1 / 2^k in the limit; 0.969 for k = 5, N = 5000."""
     rng = np.random.default_rng(4)
-    found = metrics.density_coverage(rng.normal(size=(2000, 16)), rng.normal(size=(2000, 16)), k=5)
+    found = metrics.density_coverage(rng.normal(size=(5000, 16)), rng.normal(size=(5000, 16)), k=5)
     assert found[0] == pytest.approx(1.0, abs=0.05)
-    assert found[1] == pytest.approx(0.969, abs=0.01)
+    assert found[1] == pytest.approx(0.969, abs=0.006)
 
 
 @pytest.mark.parametrize("function", [metrics.neighbourhoods, metrics.kid, metrics.cmmd, metrics.nearest])
 def test_memory_does_not_grow_with_the_matrix_of_distances(monkeypatch: pytest.MonkeyPatch, function) -> None:
-    """2,000 × 2,000 distances are 32 MB, a tile here is 0.5 MB; a view of a column would keep its whole tile."""
+    """2,000 × 2,000 distances are 32 MB, a tile here is 0.5 MB; a view of a column would keep its whole tile.
+
+    Of features in single precision there is one copy in double, not one more for their squares.
+    """
     monkeypatch.setattr(metrics, "CELLS", 2**16)
-    a, b = gaussians(2000, 4), gaussians(2000, 4, seed=1)
-    tracemalloc.start()
-    function(a, b)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4e6
+    rng = np.random.default_rng(0)
+    for n, columns in ((2000, 4), (200, 1024)):
+        a, b = (rng.standard_normal((rows, columns), np.float32) for rows in (n, 2000))
+        tracemalloc.start()
+        function(a, b)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2 * (a.nbytes + b.nbytes) + 4e6
 
 
 def test_nearest_is_exact_in_any_tiling(monkeypatch: pytest.MonkeyPatch) -> None:

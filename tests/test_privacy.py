@@ -12,7 +12,7 @@ from scipy import stats
 
 from eval import page, privacy
 from tiger import manifest
-from tiger.errors import run
+from tiger.errors import InputError, run
 from tiger.manifest import Manifest
 
 COUNTS = {"train": {"benign": 60, "FTC": 60}, "test": {"benign": 60, "FTC": 60}}
@@ -101,6 +101,22 @@ def test_copies_are_found(real: Manifest, copied: Manifest, tmp_path: Path, monk
     assert "<script" not in text
     assert "http" not in text
     assert report["closest"][0]["training"] in text
+
+
+def test_a_generator_that_saw_the_holdout_is_refused(
+    real: Manifest, honest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(privacy, "load_extractor", lambda name, weights: Pixels())
+    (tmp_path / "images").symlink_to(honest.root / "images")
+    manifest.write(tmp_path / "metadata.jsonl", [replace(row, model=f"{tmp_path}@abc") for row in honest.rows])
+    given = ["--real", str(real.root), "--fake", str(tmp_path), "--output", str(tmp_path / "p.json"), "--dry_run"]
+    for split in ("train", "test"):
+        (tmp_path / "config.yaml").write_text(f"data_dir: {real.root}\nsplit: {split}\n")
+        if split == "train":
+            privacy.main(given)
+        else:
+            with pytest.raises(InputError, match="was trained on patients of valid or test"):
+                privacy.main(given)
 
 
 def test_authenticity_by_hand() -> None:

@@ -1,6 +1,8 @@
 """Likeness of two images against reference values that nobody here made; the comparison of two manifests."""
 
 import json
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import imagehash
@@ -10,7 +12,9 @@ import skimage.data
 from eval_samples import write_dataset
 from PIL import Image
 
-from eval import images, quality, similarity
+from eval import images, quality, similarity, statistics
+from tiger import manifest as manifests
+from tiger.conditions import read_gray
 from tiger.errors import InputError, run
 from tiger.manifest import Manifest
 
@@ -73,6 +77,26 @@ def test_perceptual_hash_is_that_of_imagehash() -> None:
     expected = imagehash.phash(Image.fromarray(camera)) - imagehash.phash(Image.fromarray(other))
     assert similarity.phash_distance(camera, other) == expected > 10
     assert similarity.phash_distance(camera, np.clip(camera.astype(int) + 2, 0, 255).astype(np.uint8)) <= 2
+    file = next(path for path in metadata.files("ImageHash") or () if path.name == "imagehash.png")
+    assert f"{similarity.phash(read_gray(Path(str(file.locate())))):016x}" == "ba8c84536bd3c366"
+
+
+def test_white_is_255_or_1_as_the_numbers_say() -> None:
+    camera = skimage.data.camera()[::4, ::4]
+    noisy = np.clip(camera + 40 * np.random.default_rng(0).normal(size=camera.shape), 0, 255).astype(np.uint8)
+    for measure in similarity.MEASURES.values():
+        expected = measure(camera, noisy)
+        for x, y in (
+            (camera / 255, noisy / 255),
+            (camera.astype(float), noisy.astype(float)),
+            (camera.astype(int), noisy),
+        ):
+            assert measure(x, y) == pytest.approx(expected, abs=1e-5)
+        for wrong in (camera / 255, camera - 1.0 * noisy, camera.astype(int) * 257, camera > 9, camera[..., None]):
+            with pytest.raises(ValueError, match="images that all hold integers of 0 to 255, or floats"):
+                measure(wrong, noisy)
+    dark, bright = np.ones((16, 16)), 1 + 200 * np.eye(16)  # one of them alone would be white
+    assert quality.ssim(dark, bright) == quality.ssim(dark.astype(int), bright.astype(int))
 
 
 # ----------------------------------------------------------------------------------------------------------- manifests
@@ -165,9 +189,11 @@ def test_report(sets: tuple[Manifest, Manifest], tmp_path: Path, monkeypatch: py
         for metric in ("fid", "kid", "cmmd", "cmmd_unbiased", "density", "coverage", "precision", "recall"):
             assert part[metric]["low"] <= part[metric]["value"] <= part[metric]["high"]
             assert "floor" in part[metric]
-            assert metric not in quality.SHARES or 0 <= part[metric]["low"] <= part[metric]["high"] <= 1
+            least, most = quality.RANGES.get(metric, (-np.inf, np.inf))
+            assert least <= part[metric]["low"] <= part[metric]["high"] <= most
         for measure in ("ssim", "gradient_similarity", "phash_distance"):
             assert set(part[measure]) == {"random", "random real", "condition", "nearest", "nearest real"}
+            assert part[measure]["random"]["n"] == part[measure]["random real"]["n"]
         assert not {"fid_infinity", "geometry_score", "inception_score", "sifid"} & part.keys()
     for metric in ("fid", "kid"):  # just as good as real ones
         entry = report["overall"][metric]
@@ -234,18 +260,122 @@ def test_ssim_pairs_are_what_they_are_called(sets: tuple[Manifest, Manifest]) ->
     nearest = [np.arange(len(m.rows)) % len(train.rows) for m in (test, fake)]
     pairs = similarity.pairs_of("FTC", test, fake, train, nearest, seed=0)
     rows = {images.load_native(fake, row).tobytes(): (k, row) for k, row in enumerate(fake.rows)}
-    for ours, other, group in pairs["condition"]:
+    patient = {row.file_name: row.patient_id for row in real.rows}
+    for ours, other, one, source in pairs["condition"]:
         row = rows[ours.tobytes()][1]
         assert row.label == "FTC"
         assert np.array_equal(other, pictures[row.derived_from[0]])
-        assert group == next(r.patient_id for r in train.rows if r.file_name == row.derived_from[0])
-    for ours, other, _ in pairs["nearest"]:
-        assert np.array_equal(other, pictures[train.rows[nearest[1][rows[ours.tobytes()][0]]].file_name])
+        assert one == source == patient[row.derived_from[0]]
+    for ours, other, one, source in pairs["nearest"]:
+        k, row = rows[ours.tobytes()]
+        closest = train.rows[nearest[1][k]]
+        assert np.array_equal(other, pictures[closest.file_name])
+        assert (one, source) == (patient[row.derived_from[0]], closest.patient_id)
     patient_of = {images.load_native(real, row).tobytes(): (row.patient_id, row.label) for row in test.rows}
-    for one, other, group in pairs["random real"]:
-        assert patient_of[one.tobytes()] == (group, "FTC")
-        assert patient_of[other.tobytes()][0] != group
-        assert patient_of[other.tobytes()][1] == "FTC"
+    for first, second, one, other in pairs["random real"]:
+        assert patient_of[first.tobytes()] == (one, "FTC")
+        assert patient_of[second.tobytes()] == (other, "FTC")
+        assert one != other
+    for ours, second, one, other in pairs["random"]:
+        assert one == patient[rows[ours.tobytes()][1].derived_from[0]]
+        assert patient_of[second.tobytes()] == (other, "FTC")
+    assert len(pairs["random"]) == len(pairs["random real"]) == 20
+
+
+def test_random_pairs_are_of_strangers(sets: tuple[Manifest, Manifest]) -> None:
+    """Also where the synthetic images were drawn after those that they are compared with: after a map and a mask."""
+    real, fake = sets
+    train = real.select(split="train", labels=["FTC"])
+    own = [(row, train.rows[i % 4].file_name, train.rows[i % 3 + 4].file_name) for i, row in enumerate(fake.rows)]
+    fake = replace(fake, rows=tuple(replace(row, derived_from=tuple(names)) for row, *names in own))
+    names = {images.load_native(fake, row).tobytes(): row.derived_from for row in fake.rows}
+    patient = {row.file_name: row.patient_id for row in train.rows}
+    nearest = [np.zeros(len(m.rows), int) for m in (train, fake)]
+    for seed in range(10):
+        pairs = similarity.pairs_of("FTC", train, fake, train, nearest, seed=seed)
+        assert len(pairs["random"]) == 20
+        for ours, _, one, other in pairs["random"]:
+            assert one in (sources := {patient[name] for name in names[ours.tobytes()]}) and other not in sources
+    assert similarity.strangers([["a"], ["a", "b"]], ["a", "b"], np.random.default_rng(0)) == [(0, 1)]
+
+
+@pytest.mark.parametrize("kind", ["random", "random real"])
+def test_interval_of_pairs_covers_the_truth_where_an_image_is_in_several(kind: str) -> None:
+    """What an image adds to every pair that it is in, as 90 real ones are in those with 400 synthetic ones."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        theirs = rng.normal(size=90)
+        if kind == "random":
+            first, second = np.arange(400), rng.integers(90, size=400)
+            values = rng.normal(size=400) + theirs[second]
+        else:
+            first, second = np.arange(90), rng.permutation(90)
+            values = theirs[first] + theirs[second]
+        people = ([f"{kind == 'random'} {i}" for i in first], [f"False {i}" for i in second])
+        interval = similarity.pair_mean_ci(values, *people, n=200)
+        covered += interval["low"] <= 0 <= interval["high"]
+    assert covered >= 0.9 * 200
+
+
+def test_pairs_within_a_patient_are_resampled_as_patients_are() -> None:
+    rng = np.random.default_rng(1)
+    people = rng.integers(0, 25, 90)
+    values = rng.normal(size=25)[people] + rng.normal(size=90)
+    one, both = statistics.mean_ci(values, people, n=4000), similarity.pair_mean_ci(values, people, people, n=4000)
+    assert both == pytest.approx(one, abs=0.02)
+    assert (both["n"], both["value"]) == (90, pytest.approx(values.mean()))
+
+
+def test_intervals_are_of_one_kind_for_all_metrics() -> None:
+    """Normal: as wide as the estimate varies between samples, also from 30 resamples, and within what can be."""
+    rng = np.random.default_rng(0)
+
+    def figures(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
+        mean = float(fake.mean() - real.mean())
+        return {"fid_infinity": mean, "geometry_score": abs(mean) / 100, "coverage": 1 - abs(mean) / 100}
+
+    rows = [np.array([i]) for i in range(100)]
+    found = [
+        quality.compare(*rng.normal(size=(2, 100, 1)), [quality.ClassSets(rows, rows)], figures, 30, 0, lambda: None)
+        for _ in range(40)
+    ]
+    # 50 real and 50 synthetic images are drawn: a standard deviation of √(1/50 + 1/50) = 0.2
+    widths = [one["fid_infinity"]["high"] - one["fid_infinity"]["low"] for one in found]
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * 0.2, rel=0.05)
+    for one in found:
+        centred = one["fid_infinity"]
+        assert (centred["low"] + centred["high"]) / 2 == pytest.approx(centred["value"])
+    assert min(one["geometry_score"]["low"] for one in found) == 0
+    assert max(one["coverage"]["high"] for one in found) == 1
+
+
+def test_settings_are_named(sets: tuple[Manifest, Manifest]) -> None:
+    named = quality.settings(quality.load_extractor("", None))
+    assert named["density, coverage, precision, recall"] == {"k": 5}
+    assert named["geometry_score"] == {"L0": 32, "gamma": 1 / 16, "trials": 100}
+    assert named["fid_infinity"]["sizes"] == 15
+    assert named["cmmd"]["variant"].startswith("MMD² with CMMD's constants")
+
+
+def test_a_generator_that_saw_the_reference_is_refused(sets: tuple[Manifest, Manifest], tmp_path: Path) -> None:
+    real, fake = sets
+    (tmp_path / "net").mkdir()
+    manifests.write(fake.path, [replace(row, model=f"{tmp_path / 'net'}@abc", derived_from=()) for row in fake.rows])
+    given = ["--real", str(real.root), "--fake", str(fake.root), "--output", str(tmp_path / "q.json"), "--dry_run"]
+    for trained_on, compared_with, refused in (
+        ("test", "test", True),
+        ("test", "all", True),
+        ("test", "train", False),
+        ("train", "train", False),
+        ("train", "test", False),
+    ):
+        (tmp_path / "net" / "config.yaml").write_text(f"data_dir: {real.root}\nsplit: {trained_on}\n")
+        if refused:
+            with pytest.raises(InputError, match="net was trained on patients of valid or test"):
+                quality.main([*given, "--split", compared_with])
+        else:
+            quality.main([*given, "--split", compared_with])
 
 
 def test_a_small_class_is_left_out(
