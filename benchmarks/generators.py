@@ -6,8 +6,10 @@ The arms NAME_0, NAME_1, … of a report, NAME a method of eval/arms.py, are tak
 generators. A figure is the mean over generators and classifier seeds. Its interval, and the test of a difference, are
 Student's t with three parts of variance: over patients (bootstrap), over classifier seeds, and over generators, of
 which three tell little. Differences are paired by patient and seed, and by number where both arms have generators,
-which share a coarse stage then. Holm's correction is over the differences of a figure. Where further real images gain
-clearly over oversampling, an arm's share of that is given too.
+which share a coarse stage then. Of an arm that one generator drew the third part is not known and is left out: its
+interval and p do not cover the generator, are too small by that, and say so ("one generator"; `generators` in the JSON
+is the fewest that an arm of the figure had, 0 where none of them has any). Holm's correction is over the differences of
+a figure. Where further real images gain clearly over oversampling, an arm's share of that is given too.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from eval import charts, figures, scoring, statistics
 from eval.arms import UPPER, generator_of, title
 from eval.figures import Run
 from eval.html import bounds
+from eval.runs import is_synthetic
 from eval.tables import write_png
 from tiger.errors import InputError, run
 from tiger.files import read_json, write_json
@@ -84,22 +87,29 @@ def estimate(of: Callable[..., Array], *arms: Array) -> dict[str, float]:
     return {"value": float(means[0]), "low": low, "high": high, "p": p}
 
 
+def fewest(arms: Mapping[str, Array], *names: str) -> int:
+    """Generators of the arm of synthetic images that has fewest, 0 where none of these is one."""
+    return min((len(arms[name]) for name in names if is_synthetic(name)), default=0)
+
+
 def summarise(drawn: Mapping[str, Mapping[str, Array]], against: Sequence[str]) -> dict[str, Any]:
     """{arms: arm -> figures, differences: [of each arm to each of `against`], shares: arm -> figures}"""
     names = list(next(iter(drawn.values())))
     report: dict[str, Any] = {"arms": {name: {} for name in names}, "differences": [], "shares": {}}
     for figure, arms in drawn.items():
         for name, arm in arms.items():
-            report["arms"][name][figure] = estimate(lambda a: a, arm) | {"generators": len(arm), "seeds": arm.shape[1]}
+            counts = {"generators": fewest(arms, name), "seeds": arm.shape[1]}
+            report["arms"][name][figure] = estimate(lambda a: a, arm) | counts
         pairs = [(a, b) for b, a in itertools.product(against, names) if a not in against[: against.index(b) + 1]]
         family = [estimate(np.subtract, arms[a], arms[b]) for a, b in pairs]
         for (a, b), one, p in zip(pairs, family, statistics.holm([one["p"] for one in family]), strict=True):
-            report["differences"].append({"figure": figure, "arm": a, "against": b} | one | {"p_holm": float(p)})
+            of_pair = {"figure": figure, "arm": a, "against": b, "generators": fewest(arms, a, b)}
+            report["differences"].append(of_pair | one | {"p_holm": float(p)})
         if {BASELINE, UPPER} <= set(names) and estimate(np.subtract, arms[UPPER], arms[BASELINE])["low"] > 0:
             for name in names:
                 if name not in (BASELINE, UPPER):
                     share = estimate(lambda a, b, u: (a - b) / (u - b), arms[name], arms[BASELINE], arms[UPPER])
-                    report["shares"].setdefault(name, {})[figure] = share
+                    report["shares"].setdefault(name, {})[figure] = share | {"generators": fewest(arms, name)}
     return report
 
 
@@ -126,14 +136,19 @@ def table(report: Mapping[str, Any], against: Sequence[str]) -> str:
         for entry in report["differences"]:
             if entry["against"] == other:
                 cells[entry["arm"]][entry["figure"]] = entry
-        lines += rows(f"minus {title(other)}", cells, "+")
-    return "\n".join([*lines, *rows("share of what further real images gain", report["shares"])])
+        lines += rows(f"minus {named(other, report['arms'][other])}", cells, "+")
+    lines += rows("share of what further real images gain", report["shares"])
+    if any(of[shown[0]]["generators"] == 1 for of in report["arms"].values()):
+        lines.append("One generator: intervals and p do not cover how generators differ, and are too small by that.")
+    return "\n".join(lines)
 
 
 def named(arm: str, of: Mapping[str, Any]) -> str:
     """An arm's name, with how many generators it had."""
+    if not is_synthetic(arm):
+        return title(arm)
     generators = next(iter(of.values()))["generators"]
-    return title(arm) + (f", {generators} generators" if generators > 1 else "")
+    return f"{title(arm)}, {'one generator' if generators == 1 else f'{generators} generators'}"
 
 
 def chart(report: Mapping[str, Any]) -> bytes:

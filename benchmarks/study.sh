@@ -34,7 +34,8 @@ sets=()
 for seed in 0 1 2; do
     train pretrain data assets/tiny-base "coarse$seed" "$seed"
     train finetune data "$R/coarse$seed" "fine$seed" "$seed"
-    # Stable Diffusion with one ControlNet, of the mask: no second encoder, no fusion, no term weights.
+    # Stable Diffusion with one ControlNet, of the mask, which reads the words on the lesion: no second encoder, no fusion,
+    # no term weights. Trained by the same losses as Tiger-F, so that the lesion weighs as much as the rest together.
     train finetune data "$R/coarse$seed" "controlnet$seed" "$seed" \
         --term_weighting off --fusion sum --bg_dropout 0.999 --fg_dropout 0
     generate "fine$seed" data 400 "tiger_f$seed" "$seed"
@@ -43,16 +44,15 @@ for seed in 0 1 2; do
     generate "controlnet$seed" data 400 "sd_controlnet$seed" "$seed" --branches fg
     # What would drawing exactly what Tiger-F was asked for give?
     python -m benchmarks.ceiling requests --fake "$R/tiger_f$seed" --output_dir "$R/perfect$seed" --seed "$seed"
-    for arm in tiger_f tiger_n sd_controlnet perfect; do sets+=("${arm}_$seed=$R/$arm$seed"); done
+    # What if the knowledge base's frequencies were wrong by up to 30 %?
+    python -m benchmarks.perturb --by 0.3 --seed "$seed" "$R/thyroid-$seed.yaml"
+    generate "fine$seed" data 400 "perturbed$seed" "$seed" --knowledge "$R/thyroid-$seed.yaml"
+    for arm in tiger_f tiger_n sd_controlnet perfect perturbed; do sets+=("${arm}_$seed=$R/$arm$seed"); done
     sets+=("coarse_$seed=$R/coarse_images$seed")
 done
 # And what does the autoencoder cost?
 python -m benchmarks.ceiling decoder --real "$R/extra" --model assets/tiny-base --count 400 --output_dir "$R/decoded"
 sets+=("decoded=$R/decoded")
-# What if the knowledge base's frequencies were wrong by up to 30 %?
-python -m benchmarks.perturb --by 0.3 --seed 0 "$R/thyroid-0.yaml"
-generate fine0 data 400 perturbed0 0 --knowledge "$R/thyroid-0.yaml"
-sets+=("perturbed=$R/perturbed0")
 
 # Few shots: a generator that has seen 20 images of each class, and nothing else of this data set.
 python -m data.prepare subsample --data_dir "$R/data" --most benign=20 PTC=20 FTC=20 MTC=20 --name few
@@ -70,7 +70,7 @@ classify() { # classify OUTPUT FLAGS...
 classify classify/report.json --fake "${sets[@]}" --extra_real "$R/extra" --seeds 0,1,2,3,4 \
     --arms none oversampling basic mixup cutmix erasing features "${sets[@]%%=*}" real_upper
 classify classify/real_share.json --fake "tiger_f_0=$R/tiger_f0" --seeds 0,1,2 \
-    --arms oversampling tiger_f_0 --real_share 0.5,1 --no_realism
+    --extra_real "$R/extra" --arms none oversampling tiger_f_0 real_upper --real_share 0.5,1 --no_realism
 classify amounts/report.json --fake "tiger_f=$R/many" --seeds 0,1,2 \
     --arms oversampling tiger_f --amounts 100,400,800 --no_realism
 

@@ -6,15 +6,20 @@
     mixup         oversampling; pairs of images and labels mixed (Zhang et al. 2018)
     cutmix        oversampling; a box of one image in another, labels in proportion (Yun et al. 2019)
     erasing       oversampling; a box of the image erased (Zhong et al. 2020)
-    features      oversampling; features pushed away from those of another image of the class (DeVries & Taylor 2017)
-    NAME          a set of synthetic images of that name beside the real ones, mixed as the policy says
-    real_upper    oversampling with further real images: what the best generator could give
+    features      oversampling; features pushed away from those of another image of the class: a variant of DeVries &
+                  Taylor 2017, see `extrapolate`
+    NAME          the real images with the synthetic ones given as --fake NAME=DIR, mixed as the policy says; a bare
+                  --fake DIR is tiger_f
+    real_upper    oversampling with further real images (--extra_real), as many as there are synthetic ones, or all
+                  where there are fewer: what the best generator could give. Every image of a class is as likely, so
+                  further ones fill a larger share of a rare class, where that of synthetic ones is fixed
 
 Policies for synthetic images:
     share     a fixed share of synthetic images within every class of each balanced batch: were it larger in the rare
-              ones, looking synthetic would be a cue to the label
+              ones, looking synthetic would be a cue to the label (the default)
     rare      the same, in the rare classes only
-    pooled    synthetic and real images in one pool, each equally likely, as a data set filled up with them
+    pooled    synthetic and real images in one pool, each equally likely, as a data set filled up with them; classes
+              are as frequent as they are there
     pretrain  synthetic images alone for the first half of the steps, then real ones alone
 """
 
@@ -40,17 +45,18 @@ NAMES = {  # as tables and pages have them; a set of synthetic images that is no
     "mixup": "mixing images (mixup)",
     "cutmix": "mixing images (CutMix)",
     "erasing": "random erasing",
-    "features": "feature space augmentation",
+    "features": "feature space augmentation (variant: in the net)",  # see `extrapolate`
     "coarse": "Stable Diffusion (coarse stage)",
     "sd_controlnet": "Stable Diffusion + ControlNet",
     "tiger_n": "Tiger-N",
     "tiger_f": "Tiger-F",
+    "perturbed": "Tiger-F, frequencies off by up to 30 %",  # benchmarks/perturb.py
     "perfect": "drawn exactly as Tiger-F was asked",  # benchmarks/ceiling.py
     "real_upper": "further real images",
 }
 MODE = v2.InterpolationMode.BILINEAR
 MEAN_GREY = 0.449  # what erased pixels become: ImageNet's
-EXTRAPOLATION = 0.5  # DeVries & Taylor 2017, section 3.2
+EXTRAPOLATION = 0.5  # λ of DeVries & Taylor 2017, section 3.2
 
 Group = tuple[float, np.ndarray]  # share of a batch, the rows that it is drawn from
 
@@ -186,7 +192,9 @@ def augmentation_of(arm: str, size: int, classes: int) -> Augmentation:
 def extrapolate(features: Tensor, y: Tensor) -> Tensor:
     """(B, D) features, each pushed away from those of a random other image of its class, if there is one in the batch.
 
-    f + λ (f − f'), DeVries & Taylor 2017 (https://arxiv.org/abs/1702.05538), here while the net is trained.
+    f + λ (f − f') as DeVries & Taylor 2017 (https://arxiv.org/abs/1702.05538), but a variant of theirs: they take the
+    features of an autoencoder trained beforehand, and the nearest neighbours of the class; here they are those of the
+    classifier itself while it is trained, before its last layer, and the other image is a random one.
     """
     same = (y[:, None] == y[None]).float().fill_diagonal_(0)
     alone = same.sum(1) == 0

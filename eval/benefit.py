@@ -5,7 +5,7 @@ from typing import Any
 
 from eval import charts, figures
 from eval.arms import title
-from eval.html import bounds, bracket, cell, difference, escape, image, made_by, number, section, table
+from eval.html import bounds, bracket, cell, difference, escape, image, made_by, number, section, stacked, table
 from eval.results import Results, headline
 
 OPERATING = {
@@ -16,7 +16,7 @@ OPERATING = {
     "f1": "F1",
     "mcc": "MCC",
     "kappa": "kappa",
-    "brier": "Brier ↓",
+    "brier": "Brier, of the positive class ↓",
     "recall at FPR 0.01": "recall at FPR .01",
     "recall at FPR 0.05": "at .05",
     "recall at FPR 0.1": "at .1",
@@ -26,7 +26,7 @@ OVERALL = {
     "balanced_accuracy": "balanced accuracy",
     "mcc": "MCC",
     "kappa": "kappa",
-    "brier": "Brier ↓",
+    "brier": "Brier, summed over the classes ↓",
 }
 FEW = 6  # conditions of which every pair is shown
 POLICIES = {
@@ -55,6 +55,7 @@ def benefit_section(results: Results) -> str:
     }
     parts = [
         f"<p>{escape(text_of(report))} {made_by(results, 'classify')}</p>",
+        *(f"<p><b>Not checked for leaks</b>: {escape(text)}.</p>" for text in report.get("unchecked", ())),
         image(
             charts.interval_chart(estimates, "test AUC"),
             "AUC with its 95 % interval, by arm.",
@@ -88,9 +89,19 @@ def text_of(report: Mapping[str, Any]) -> str:
         f"{'given weights' if settings['weights'] else 'scratch'} for {settings['max_train_steps']:,} steps in every "
         f"arm, {'one training seed' if seeds == 1 else f'mean of {seeds} training seeds'}{folds}. AUC is between the "
         f"two classes named. Below each value, its interval: {report['interval']}. It covers {covered}. An arm of "
-        f"synthetic images {mixing}; all others but the first draw each class equally often. "
+        f"synthetic images {mixing}. {sampling_text(settings)} "
         f"State: {report['selection']}. Threshold: {report['threshold']}.{real_upper_text(report)}"
     )
+
+
+def sampling_text(settings: Mapping[str, Any]) -> str:
+    """In what arms differ besides their images."""
+    pool, shares = " and the pool" if settings["policy"] == "pooled" else "", len(settings["share"])
+    text = f"Each class is drawn equally often, but from {title('none')}{pool}: there as often as it has images."
+    if shares > 1 and settings["policy"] in ("share", "rare"):
+        text += f" Of an arm of synthetic images the best on valid of {shares} nets, one a share, is tested; all other "
+        text += "arms have one net."
+    return text
 
 
 def real_upper_text(report: Mapping[str, Any]) -> str:
@@ -175,8 +186,9 @@ def operating_table(report: Mapping[str, Any], task: str, text: str, names: Mapp
         if f"accuracy {task}" in of:
             fit = of[f"hosmer_lemeshow {task}"]
             cells = [cell(of[f"{name} {task}"]) for name in OPERATING]
-            rows.append([escape(names[arm]), *cells, f"{number(fit['chi2'])}<br><small>p {p_value(fit['p'])}</small>"])
-    head = ["arm", *map(escape, OPERATING.values()), "Hosmer–Lemeshow χ²"]
+            rows.append([escape(names[arm]), *cells, stacked(number(fit["chi2"]), f"p {p_value(fit['p'])}")])
+    medians = stacked("Hosmer–Lemeshow χ²", "medians over seeds and folds")
+    head = ["arm", *map(escape, OPERATING.values()), medians]
     return f"<h3>{escape(text[0].upper() + text[1:])} at the threshold chosen on valid</h3>" + table(head, rows)
 
 

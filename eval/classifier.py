@@ -1,7 +1,7 @@
 """The image classifier behind `eval.classify`: one ResNet, one training recipe, whatever the data."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval import statistics
+from eval import scoring
 from eval.arms import Augmentation
 from eval.training import device, fit, shift
 from tiger.errors import InputError
@@ -115,10 +115,9 @@ def predict(net: nn.Module, images: np.ndarray, batch_size: int = 128) -> np.nda
     return torch.cat([net(to_input(part)).float().softmax(1).cpu() for part in parts]).double().numpy()
 
 
-def macro_auc(y: np.ndarray, probabilities: np.ndarray, classes: Iterable[int] | None = None) -> float:
-    """Mean over `classes` (default all) of one-versus-rest AUC; y (N,) class indices, probabilities (N, classes)."""
-    chosen = range(probabilities.shape[1]) if classes is None else classes
-    return float(np.mean([statistics.auc(y == c, probabilities[:, c]) for c in chosen]))
+def macro_auc(y: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean of the AUC of each class in `y` against all others; y (N,) class indices, probabilities (N, classes)."""
+    return float(np.nanmean(scoring.class_aucs(y, probabilities, np.ones((1, len(y))))))
 
 
 def train(
@@ -160,7 +159,7 @@ def train(
 
     def validate(step: int) -> dict[str, float]:
         assert valid is not None
-        value = macro_auc(valid[1], predict(net, valid[0]), np.unique(valid[1]).tolist())
+        value = macro_auc(valid[1], predict(net, valid[0]))
         if value > best["auc"]:
             state = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
             best.update(auc=value, step=step, state=state)

@@ -6,19 +6,9 @@
         --model resnet18 --image_size 64 --max_train_steps 400       # minutes on a CPU
     python -m eval.classify --real D/fold{fold}.jsonl --fake runs/fold{fold}/generated --folds 5 --output R/report.json
 
-Arms differ in nothing but the images that a batch is drawn from and what is done to them:
-    none          the real training images, classes as frequent as they are
-    oversampling  the real training images, every class equally often: the baseline, and the sampler of all that follow
-    basic, mixup, cutmix, erasing, features
-                  oversampling with this augmentation on top (eval/arms.py)
-    NAME          the same with the synthetic images given as --fake NAME=DIR; a bare --fake DIR is tiger_f
-    real_upper    the same with further real images (--extra_real), as many as there are synthetic ones, or all where
-                  there are fewer: what the best generator could give. Every image of a class is as likely, so further
-                  ones fill a larger share of a rare class, where that of synthetic ones is fixed
-
-Policies for synthetic images: `share`, a fixed share within every class of each batch: were it larger in the rare ones,
-looking synthetic would be a cue to the label; `rare`, the rare classes only; `pooled`, real and synthetic images in one
-pool; `pretrain`, synthetic images for the first half of the steps, real ones for the rest.
+Arms differ in nothing but the images that a batch is drawn from and what is done to them; eval/arms.py has them, and
+the policies by which synthetic images are mixed in. With --share auto an arm of synthetic images is trained once for
+each share, any other once.
 
 States, shares (--share auto) and thresholds are chosen on the split `valid`; the split `test` is looked at once. Each
 training leaves its scores in `scores/` beside the report, and the table of a report R/NAME.json's is R/NAME_scores.csv.
@@ -34,13 +24,14 @@ import functools
 import json
 import shlex
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from eval import figures, runs
+from eval import arms, figures, runs
 from eval.arms import AUGMENTATIONS, PLAIN, POLICIES, UPPER
 from eval.classifier import MODELS, Recipe
 from eval.runs import SHARES, Study
@@ -54,7 +45,7 @@ from eval.sources import (
     read_sources,
     synthetic_sets,
 )
-from eval.study import ALL, Data, Sources, Trial, classes_of, counts, images_added, load, trials
+from eval.study import ALL, Data, Sources, Trial, classes_of, counts, images_kept, load, trials
 from tiger.errors import InputError
 from tiger.errors import run as run_main
 from tiger.files import read_json, write_json
@@ -82,7 +73,7 @@ def share_of(text: str) -> tuple[float, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m eval.classify",
-        description=__doc__,
+        description=f"{__doc__}\n{arms.__doc__}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -96,10 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--fake", help="manifests of synthetic images, each NAME=DIR, or DIR for tiger_f", nargs="+", default=[])
     add("--extra_real", help="manifest of further real images, for the arm real_upper")
     add("--output", help="report, JSON; scores/ and NAME_scores.csv are written beside it", required=True)
-    arms = f"{', '.join((*PLAIN, UPPER))}, or names of --fake"
+    every = f"{', '.join((*PLAIN, UPPER))}, or names of --fake"
     add(
         "--arms",
-        help=f"arms to run: {arms}; without it all for which there is data, less {', '.join(AUGMENTATIONS)}",
+        help=f"arms to run: {every}; without it all for which there is data, less {', '.join(AUGMENTATIONS)}",
         nargs="+",
     )
     add("--tasks", help=f"'{ALL}', one net for all classes, and classes that get a net of their own against --negative",
@@ -110,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--real_share", help="share of the real training patients of each class", nargs="+", type=listed(float),
         default="1")  # fmt: skip
     add("--policy", help="how synthetic images are mixed in", choices=POLICIES, default="share")
-    add("--share", "--synthetic_share", dest="share", help="share of synthetic images within a class, 0 to 1; 'auto' "
-        f"chooses from {SHARES} on valid", type=share_of, default="0.25")  # fmt: skip
+    add("--share", help=f"share of synthetic images within a class, 0 to 1; 'auto' chooses from {SHARES} on valid",
+        type=share_of, default="0.25")  # fmt: skip
     add(
         "--rare",
         help="the rare classes; without it those with fewer than a quarter of the largest one's images",
@@ -229,7 +220,8 @@ class Checked:
     settings: dict[Trial, dict[str, Any]]
     tests: dict[Test, dict[str, Any]]  # settings of every test of real against synthetic images
     n: dict[str, Sizes]  # source or split -> its images: of `test` in all folds, of the others their mean
-    added: dict[str, Sizes]  # condition -> images that it adds to the real ones, the mean of the folds
+    kept: dict[str, dict[str, Sizes]]  # condition -> `images_kept`, the mean of seeds and folds
+    unchecked: list[str]  # what could not be checked for leaks, a sentence each
 
 
 def check(
@@ -243,7 +235,7 @@ def check(
     settings: dict[Trial, dict[str, Any]] = {}
     tests: dict[Test, dict[str, Any]] = {}
     sizes: list[dict[str, Sizes]] = []
-    added_in: list[dict[str, Sizes]] = []
+    kept_by: defaultdict[str, list[dict[str, Sizes]]] = defaultdict(list)
     for fold, of_fold in sources.items():
         data = data_of(fold)
         mine = [trial for trial in work if trial.fold == fold]
@@ -252,18 +244,20 @@ def check(
             if name in args.arms and not args.no_realism:
                 tests[name, fold] = c2st_settings(args, study, of_fold, data, name)
         sizes.append(counts(data))
-        added_in.append({trial.condition: images_added(trial, data) for trial in mine})
+        for trial in mine:
+            kept_by[trial.condition].append(images_kept(trial, data))
     tested = {label: sum(fold["test"][label] for fold in sizes) for label in sizes[0]["test"]}
-    added_by = mean_sizes(added_in)
-    warn_of_unequal(work, added_by)
-    return Checked(settings, tests, mean_sizes(sizes) | {"test": tested}, added_by)
+    kept = {condition: mean_sizes(found) for condition, found in kept_by.items()}
+    warn_of_unequal(work, {condition: of["added"] for condition, of in kept.items()})
+    unchecked = list(dict.fromkeys(text for of_fold in sources.values() for text in of_fold.unchecked))
+    return Checked(settings, tests, mean_sizes(sizes) | {"test": tested}, kept, unchecked)
 
 
-def mean_sizes(folds: Sequence[dict[str, Sizes]]) -> dict[str, Sizes]:
-    """Images of each name and class, the mean of the folds."""
+def mean_sizes(found: Sequence[dict[str, Sizes]]) -> dict[str, Sizes]:
+    """Images of each name and class, the mean of what was found in each fold, or each trial."""
     return {
-        name: {label: round(fmean(fold[name][label] for fold in folds if name in fold)) for label in sizes}
-        for name, sizes in folds[0].items()
+        name: {label: round(fmean(one[name][label] for one in found if name in one)) for label in sizes}
+        for name, sizes in found[0].items()
     }
 
 
@@ -306,13 +300,15 @@ def report_of(
     settings |= {"rare": study.rare, "negative": study.negative, "folds": args.folds, "seeds": args.seeds}
     summary = figures.summarise(found, args.negative, args.resamples)
     for condition, entry in summary["arms"].items():
-        entry["added"] = checked.added[condition]
+        entry |= checked.kept[condition]
     drawn_from = "the patients of the test split and over training seeds"
     return {
         "settings": settings | {"resamples": args.resamples, "tasks": args.tasks},
         "interval": f"95 %, bootstrap over {drawn_from}, {args.resamples} resamples",
         "selection": "valid macro AUC" if data.valid is not None else "last step: there is no split 'valid'",
         "threshold": "Youden's index on valid" if data.valid is not None else "0.5: there is no split 'valid'",
+        "hosmer_lemeshow": f"chi2 and p are medians over trainings (seeds and folds); {figures.GROUPS} groups by rank",
+        "unchecked": checked.unchecked,
         "n": checked.n,
         "patients_test": len(patients),
         "runs": [trial.name for trial in work],

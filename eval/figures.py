@@ -28,6 +28,7 @@ from tiger.files import read_json
 from tiger.manifest import SPLITS
 
 Array = NDArray[np.float64]
+GROUPS = 10  # of Hosmer and Lemeshow
 DELONG, BOOTSTRAP = "DeLong, clustered by patient", "bootstrap over patients"
 
 
@@ -187,7 +188,7 @@ def of_condition(drawn: Drawn, negative: str) -> dict[str, Any]:
         low, high, _ = statistics.t_interval(value, [(variance, math.inf), over_seeds(drawn.per_seed[f"auc {task}"])])
         entry[f"auc {task}"] |= {"delong": np.clip([low, high], 0, 1).tolist()}
         found = [hosmer_lemeshow(run, negative, task) for run in runs if task in pairs(run, negative)]
-        entry[f"hosmer_lemeshow {task}"] = {
+        entry[f"hosmer_lemeshow {task}"] = {  # medians over trainings: of seeds and folds
             "chi2": float(np.median([chi2 for chi2, _ in found])),
             "p": float(np.median([p for _, p in found])),
         }
@@ -200,9 +201,11 @@ def tasks_of(runs: Iterable[Run], negative: str) -> list[str]:
 
 
 def hosmer_lemeshow(run: Run, negative: str, task: str) -> tuple[float, float]:
-    """(chi2, p) on the test split; probabilities are kept off 0 and 1, where it is infinite."""
+    """(chi2, p) on the test split, nan of fewer images than groups; p is kept off 0 and 1, where it is infinite."""
     y, p, _ = pair_scores(run.test, *pairs(run, negative)[task])
-    return statistics.hosmer_lemeshow(y, np.clip(p, 1e-6, 1 - 1e-6), fitted=False)
+    if len(y) < GROUPS:
+        return math.nan, math.nan
+    return statistics.hosmer_lemeshow(y, np.clip(p, 1e-6, 1 - 1e-6), GROUPS, fitted=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- tests

@@ -48,11 +48,17 @@ def recall_at_fpr(y: ArrayLike, s: ArrayLike, w: Array, fpr: float) -> Array:
     return np.where(np.isnan(recall[:, -1] + false_rate[:, -1]), np.nan, best)
 
 
+def class_aucs(y: ArrayLike, p: Array, w: Array) -> Array:
+    """(C, R): the AUC of each class against all others; y (N,) class indices, p (N, C)."""
+    return np.stack([auc(np.asarray(y) == c, p[:, c], w) for c in range(p.shape[1])])
+
+
 def brier(y: ArrayLike, p: Array, w: Array) -> Array:
     """Mean squared distance of the probabilities from the truth.
 
     Args:
-        p: (N,) probabilities of the positive, or (N, C) of the classes, whose squares are summed (Brier 1950).
+        p: (N,) probabilities of the positive, its squares alone: 0 to 1. Or (N, C) of the classes, whose squares are
+            summed (Brier 1950): 0 to 2, and of two classes twice the other.
     """
     y = np.asarray(y)
     error = (p - y) ** 2 if p.ndim == 1 else ((p - np.eye(p.shape[1])[y]) ** 2).sum(1)
@@ -118,15 +124,24 @@ def binary_figures(y: ArrayLike, p: Array, threshold: float, w: Array) -> dict[s
 
 def multiclass_figures(y: ArrayLike, p: Array, classes: Sequence[str], w: Array) -> dict[str, Array]:
     """Everything about all classes; the most likely one is the answer. y (N,) class indices, p (N, C)."""
-    y = np.asarray(y)
-    figures = {f"auc {label}": auc(y == c, p[:, c], w) for c, label in enumerate(classes)}
-    macro = np.mean(list(figures.values()), axis=0)
-    table = confusion(y, p.argmax(1), w, len(classes))
-    return {"macro_auc": macro} | agreement(table) | {"brier": brier(y, p, w)} | figures
+    aucs, table = class_aucs(y, p, w), confusion(y, p.argmax(1), w, len(classes))
+    of_class = {f"auc {label}": values for label, values in zip(classes, aucs, strict=True)}
+    return {"macro_auc": aucs.mean(0)} | agreement(table) | {"brier": brier(y, p, w)} | of_class
 
 
-def calibration(y: ArrayLike, p: Array, bins: int = 10) -> tuple[list[float], list[float]]:
-    """(mean probability, share of positives) of `bins` groups of equal size by rank, as Hosmer and Lemeshow's."""
+def rank_groups(y: ArrayLike, p: ArrayLike, groups: int) -> list[tuple[Array, Array]]:
+    """(y, p) of groups of equal size by rank of `p`, as Hosmer and Lemeshow's; empty ones where cases are fewer.
+
+    Cases of equal `p` share their positives evenly, the mean over all orders in which they may stand: where the edge of
+    a group parts them, no order of the rows is better than another.
+    """
     y, p = np.asarray(y, float), np.asarray(p, float)
-    parts = [part for part in np.array_split(np.argsort(p, kind="stable"), bins) if len(part)]
-    return [float(p[part].mean()) for part in parts], [float(y[part].mean()) for part in parts]
+    _, tie, cases = np.unique(p, return_inverse=True, return_counts=True)
+    y = (np.bincount(tie, y) / cases)[tie]
+    return [(y[part], p[part]) for part in np.array_split(np.argsort(p, kind="stable"), groups)]
+
+
+def calibration(y: ArrayLike, p: ArrayLike, groups: int = 10) -> tuple[list[float], list[float]]:
+    """(mean probability, share of positives) of each of the `rank_groups`."""
+    found = [(float(p.mean()), float(y.mean())) for y, p in rank_groups(y, p, groups) if len(p)]
+    return [mean for mean, _ in found], [share for _, share in found]

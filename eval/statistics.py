@@ -14,17 +14,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from eval import scoring
+
 CONFIDENCE = 0.95
 Z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))  # half the width of an interval, in standard deviations
 
 
 def auc(y: ArrayLike, s: ArrayLike) -> float:
     """Area under the ROC curve, ties counted half (Mann-Whitney U). Raises ValueError when a class is missing."""
-    y, s = _binary(y), np.asarray(s, float)
-    positives = int(y.sum())
-    ranks = stats.rankdata(s)
-    u = ranks[y].sum() - positives * (positives + 1) / 2
-    return float(u / (positives * (len(y) - positives)))
+    y = _binary(y)
+    return float(scoring.auc(y, s, np.ones((1, len(y))))[0])
 
 
 def _binary(y: ArrayLike) -> NDArray[np.bool_]:
@@ -146,19 +145,26 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
 def hosmer_lemeshow(y: ArrayLike, p: ArrayLike, groups: int = 10, fitted: bool = True) -> tuple[float, float]:
     """(chi², p) of calibration: Hosmer & Lemeshow 1980, groups of equal size by rank of `p`, groups − 2 degrees.
 
+    Where the edge of a group parts cases of equal `p`, they share their positives (`scoring.rank_groups`): the order of
+    the rows changes nothing, and chi² is at most its mean over all orders.
+
     Args:
+        y, p: (N,) 0 or 1, and probabilities in [0, 1].
         fitted: whether `p` was fitted on these very cases, which costs two degrees of freedom; on others it is groups.
+    Raises ValueError where no degree of freedom is left, and where there are fewer cases than groups.
     """
-    y, p = np.asarray(y, float), np.asarray(p, float)
+    freedom, n = groups - 2 if fitted else groups, np.size(p)
+    if freedom < 1 or n < groups:
+        raise ValueError(f"need {groups - freedom + 1} ≤ groups ≤ cases, got groups = {groups}, cases = {n}")
     chi2 = 0.0
-    for part in np.array_split(np.argsort(p, kind="stable"), groups):
-        expected, observed, n = p[part].sum(), y[part].sum(), len(part)
-        spread = expected * (1 - expected / n) if n else 0.0
+    for outcomes, risks in scoring.rank_groups(y, p, groups):
+        expected, observed, n = risks.sum(), outcomes.sum(), len(risks)
+        spread = expected * (1 - expected / n)
         if spread > 0:
             chi2 += (observed - expected) ** 2 / spread
-        elif n and observed != expected:  # certain and wrong
+        elif observed != expected:  # certain and wrong
             chi2 = math.inf
-    return float(chi2), float(stats.chi2.sf(chi2, groups - 2 if fitted else groups))
+    return float(chi2), float(stats.chi2.sf(chi2, freedom))
 
 
 def wilson_ci(k: int, n: int) -> tuple[float, float]:
@@ -230,10 +236,7 @@ def mean_ci(values: ArrayLike, groups: ArrayLike | None = None, n: int = 1000, s
 
 
 def recall_at_fpr(y: ArrayLike, s: ArrayLike, fpr: float) -> float:
-    """The highest recall of any threshold whose false positive rate does not exceed `fpr`."""
-    y, s = _binary(y), np.asarray(s, float)
-    order = np.argsort(-s, kind="stable")
-    recall, false_rate = np.cumsum(y[order]) / y.sum(), np.cumsum(~y[order]) / (~y).sum()
-    last_of_tie = np.append(s[order][1:] != s[order][:-1], True)  # a threshold cannot part equal scores
-    allowed = last_of_tie & (false_rate <= fpr + 1e-12)
-    return float(recall[allowed].max(initial=0.0))
+    """The highest recall of any threshold whose false positive rate does not exceed `fpr`. Raises ValueError when a
+    class is missing."""
+    y = _binary(y)
+    return float(scoring.recall_at_fpr(y, s, np.ones((1, len(y))), fpr)[0])

@@ -12,7 +12,7 @@ import numpy as np
 
 from eval.arms import EXTRA, PLAIN, REAL, UPPER, Group, Mixing, phases_of
 from eval.images import load_images, name_rows
-from eval.leakage import keys_of, refuse_copies
+from eval.leakage import keys_of, looks_of, refuse_copies, refuse_near_copies
 from tiger.errors import InputError
 from tiger.manifest import SPLITS, Manifest
 
@@ -26,6 +26,7 @@ class Sources:
     real: Manifest
     fakes: dict[str, Manifest]  # name of the synthetic set -> its rows
     extra: Manifest | None
+    unchecked: tuple[str, ...] = ()  # what could not be checked for leaks
 
     def named(self) -> list[Manifest]:
         """All of them."""
@@ -136,8 +137,9 @@ def classes_of(real: Manifest, order: Sequence[str]) -> list[str]:
 
 
 def load(sources: Sources, classes: list[str], image_size: int) -> Data:
-    """Read all images. Raises InputError where one that is trained on, or one of valid, is a copy of a held-out one, or
-    a further real one is a copy of one that is trained on."""
+    """Read all images. Raises InputError where one that is trained on, or one of valid, is a copy of a held-out one, a
+    synthetic one shows the same picture as a held-out one, or a further real one is a copy of one that is trained on.
+    """
     pools = {REAL: sources.real.select(split="train")}
     pools |= {name: fake.select(labels=classes) for name, fake in sources.fakes.items()}
     if sources.extra is not None:
@@ -148,6 +150,10 @@ def load(sources: Sources, classes: list[str], image_size: int) -> Data:
     keys, kept_out_keys = ({name: keys_of(of_one) for name, of_one in of.items()} for of in (images, looked_at))
     for name, split in itertools.product(pools, kept_out):  # a synthetic set may be called "test"
         refuse_copies(pools[name], keys[name], kept_out[split], kept_out_keys[split])
+    looks = {name: looks_of(images[name]) for name in sources.fakes}
+    kept_out_looks = {split: looks_of(of_split) for split, of_split in looked_at.items()}
+    for name, split in itertools.product(looks, kept_out):
+        refuse_near_copies(pools[name], looks[name], kept_out[split], kept_out_looks[split])
     refuse_copies(kept_out["valid"], kept_out_keys["valid"], kept_out["test"], kept_out_keys["test"])
     if EXTRA in pools:
         refuse_copies(pools[EXTRA], keys[EXTRA], pools[REAL], keys[REAL])
@@ -270,9 +276,10 @@ def counts(data: Data) -> dict[str, dict[str, int]]:
     return {name: by_class(y, data.classes) for name, y in found.items()}
 
 
-def images_added(trial: Trial, data: Data) -> dict[str, int]:
-    """Images of each class that the trial adds to the real training images."""
-    return by_class(data.y[kept(trial, data) & (data.origin == source_of(trial.arm))], data.classes)
+def images_kept(trial: Trial, data: Data) -> dict[str, dict[str, int]]:
+    """Images of each class that the trial has: {real: of the training split, added: to these}"""
+    keep, origins = kept(trial, data), {"real": REAL, "added": source_of(trial.arm)}
+    return {name: by_class(data.y[keep & (data.origin == of)], data.classes) for name, of in origins.items()}
 
 
 def by_class(y: np.ndarray, classes: Sequence[str]) -> dict[str, int]:

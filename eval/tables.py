@@ -32,13 +32,12 @@ from tiger.files import atomic_path, read_json
 
 Report = Mapping[str, Any]
 Published = Mapping[str, Any]
-QUALITY = {  # metric -> column; the paper does not say how it makes one figure of density and coverage
+QUALITY = {  # metric -> column
     "ssim": "SSIM",
     "cmmd": "CMMD",
     "geometry_score": "GS",
     "density": "density",
     "coverage": "coverage",
-    "density_coverage": "D&C",
 }
 NETS = "Own net: one of these two classes alone, as in the paper; else the net of all classes, its two probabilities."
 NOTE = "Paper: Dai et al. 2025, on its own clinical images; set beside, not to be compared in level."
@@ -79,12 +78,12 @@ def full(report: Report) -> dict[str, Mapping[str, Any]]:
     return {arm: found[arm] for arm in dict.fromkeys(of["arm"] for of in report["arms"].values())}
 
 
-def cell(of: Mapping[str, Any] | None, name: str, paper: Any, p: float | None = None) -> Cell:
-    """One figure of an arm with the paper's beside it."""
+def cell(of: Mapping[str, Any] | None, name: str, paper: Any, p: float | None = None, extractor: str = "") -> Cell:
+    """One figure of an arm with its floor, where it has one, and the paper's beside it."""
     entry = of.get(name) if of is not None else None
     if entry is None:
         return Cell(paper=paper)
-    return Cell(entry["value"], entry["low"], entry["high"], p, paper)
+    return Cell(entry["value"], entry["low"], entry["high"], p, paper, entry.get("floor"), extractor)
 
 
 def adjusted_p(
@@ -96,6 +95,12 @@ def adjusted_p(
     pair = {of["condition"], against["condition"]}
     tests = (one for one in report["comparisons"] if one["figure"] == figure and {one["arm"], one["against"]} == pair)
     return next((one["p_holm"] for one in tests), None)
+
+
+def arm_cell(report: Report, arm: str, name: str, paper: Any, against: str) -> Cell:
+    """One figure of an arm, p of its difference to that of `against` where that was tested, and the paper's figure."""
+    arms = full(report)
+    return cell(arms.get(arm), name, paper, adjusted_p(report, name, arms.get(arm), arms.get(against)))
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -112,14 +117,18 @@ def table2(quality: Mapping[str, Report], paper: Published) -> Table:
             of = quality[arm]["per_class"].get(label, {}) if arm in quality else {}
             known = paper["table2"].get(arm, {}).get(label, {})
             pairs = of.get("ssim", {})  # of several pairings, that with the same map
-            found = of | {"ssim": pairs.get("condition") or pairs.get("random")}
-            cells += [Cell(of.get("n")), *(cell(found, name, known.get(name)) for name in QUALITY)]
+            if ssim := pairs.get("condition") or pairs.get("random"):
+                of = of | {"ssim": ssim | {"floor": pairs.get("random real", {}).get("value")}}
+            made_by = {"cmmd": quality[arm]["extractor"].partition(",")[0]} if of else {}
+            found = [cell(of, name, known.get(name), extractor=made_by.get(name, "")) for name in QUALITY]
+            cells += [Cell(of.get("n")), *found]
         rows[row_name(arm, paper)] = cells
     columns = [(label, text) for label in classes for text in ("n", *QUALITY.values())]
     extractors = ", ".join(dict.fromkeys(report["extractor"] for report in quality.values()))
     caption = (
         "Image quality by class. SSIM: with the real image whose Sobel map it was drawn after, else with a random one. "
-        f"GS: geometry score. Features of {extractors}. {NOTE}"
+        f"GS: geometry score. Features of {extractors}; the paper's CMMD is of CLIP's. Floor: the same between real "
+        f"images; of SSIM, between random ones of the class. {NOTE}"
     )
     return Table("table2", caption, columns, rows)
 
@@ -133,50 +142,55 @@ def table3(report: Report, paper: Published, against: str) -> Table:
         cells = []
         for task in tasks:
             known = paper["table3"].get(arm, {}).get(pair_of(task), {})
-            p = adjusted_p(report, f"auc {task}", arms.get(arm), arms.get(against))
-            cells.append(cell(arms.get(arm), f"valid auc {task}", known.get("valid")))
-            cells.append(cell(arms.get(arm), f"auc {task}", known.get("test"), p))
+            shown = {"valid": f"valid auc {task}", "test": f"auc {task}"}
+            cells += [arm_cell(report, arm, name, known.get(split), against) for split, name in shown.items()]
         rows[row_name(arm, paper)] = cells
-    caption = (
-        f"AUROC (95 % CI) by augmentation. {NETS} {sizes(report)} p: against {title(against)}, adjusted after Holm. "
-        f"{NOTE}"
-    )
+    caption = f"AUROC (95 % CI) by augmentation. {NETS} {sizes(report)} {tested(against)} {NOTE}"
     return Table("table3", caption, [(task, split) for task in tasks for split in ("valid", "test")], rows)
 
 
-def table4(report: Report, paper: Published) -> Table:
+def table4(report: Report, paper: Published, against: str) -> Table:
     """Arms by binary tasks, accuracy and AUC."""
     arms, tasks = full(report), list(headline(report))
     theirs = [arm for arm, of in paper["table4"].items() if set(of) & set(map(pair_of, tasks))]
     shown = {"accuracy": "accuracy", "auc": "AUC"}
+    known = paper["table4"]
     rows = {
         row_name(arm, paper): [
-            cell(arms.get(arm), f"{name} {task}", paper["table4"].get(arm, {}).get(pair_of(task), {}).get(name))
+            arm_cell(report, arm, f"{name} {task}", known.get(arm, {}).get(pair_of(task), {}).get(name), against)
             for task in tasks
             for name in shown
         ]
         for arm in ordered(list(arms), theirs)
     }
     columns = [(task, text) for task in tasks for text in shown.values()]
-    return Table("table4", f"Test accuracy and AUROC (95 % CI). {NETS} {sizes(report)} {NOTE}", columns, rows)
+    caption = f"Test accuracy and AUROC (95 % CI). {NETS} {sizes(report)} {tested(against)} {NOTE}"
+    return Table("table4", caption, columns, rows)
 
 
-def table5(report: Report, paper: Published) -> Table:
+def table5(report: Report, paper: Published, against: str) -> Table:
     """Arms by figures of all classes at once."""
     arms = {arm: of for arm, of in full(report).items() if "macro_auc" in of}
     classes = list(report["n"]["train"])
     shown = {"accuracy": ("", "accuracy"), "macro_auc": ("AUC", "mean")}
-    shown |= {f"auc {label}": ("AUC", label) for label in classes} | {"brier": ("", "Brier score")}
+    shown |= {f"auc {label}": ("AUC", label) for label in classes} | {"brier": ("", "Brier score, summed")}
     applies = all(name in paper["table5"]["none"] for name in shown)
     known = paper["table5"] if applies else {}
     rows = {
-        row_name(arm, paper): [cell(arms.get(arm), name, known.get(arm, {}).get(name)) for name in shown]
+        row_name(arm, paper): [arm_cell(report, arm, name, known.get(arm, {}).get(name), against) for name in shown]
         for arm in ordered(list(arms), list(known))
     }
-    caption = f"{len(classes)} classes at once, each against all others. {sizes(report)}" + (
-        f" {NOTE}" if applies else ""
+    caption = (
+        f"{len(classes)} classes at once, each against all others. {sizes(report)} {tested(against)} Brier score: "
+        "squared errors, summed over the classes, 0 to 2"
     )
+    caption += f"; the paper does not say which of its forms it has. {NOTE}" if applies else "."
     return Table("table5", caption, list(shown.values()), rows)
+
+
+def tested(against: str) -> str:
+    """What the p-values are of."""
+    return f"p: paired, against {title(against)}, adjusted after Holm; columns without p were not tested."
 
 
 def sizes(report: Report) -> str:
@@ -213,13 +227,15 @@ def figure5a(report: Report) -> Curves:
 
 
 def figure5b(report: Report) -> Curves:
-    """AUC by real images a class, of the real images alone (the paper's task 1) and with images added (2, 3 and 4)."""
+    """AUC by real training images, of the real images alone (the paper's task 1) and with images added (2, 3 and 4)."""
     shares = sorted({of["real_share"] for of in report["arms"].values()})
     curves: Curves = {}
+    if len(shares) > 1 and any("real" not in of for of in report["arms"].values()):
+        raise InputError("--classify: a report of older code; run eval.classify again, which trains nothing anew")
     for task in headline(report) if len(shares) > 1 else ():
         for condition, of in report["arms"].items():
             line = title(condition.partition(f", {of['real_share']:.4g} of")[0])
-            count = of["real_share"] * sum(report["n"]["train"].values())
+            count = sum(of["real"].values())  # whole patients of each class: not just that share of all images
             curves.setdefault(task, {}).setdefault(line, []).append((count, of[f"auc {task}"]))
     return {
         task: {line: sorted(points, key=lambda point: point[0]) for line, points in of.items()}
@@ -250,7 +266,7 @@ def write_png(path: Path, png: bytes) -> None:
 
 def write_plots(report: Report, runs: Sequence[figures.Run], paper: Published, folder: Path) -> None:
     """Every plot for which there is something to draw."""
-    real = "real training images" + (", mean of the folds" if report["settings"]["folds"] else "")
+    real = "real training images, mean of seeds and folds"
     plots = (("figure5a", figure5a(report), "images added a class"), ("figure5b", figure5b(report), real))
     drawn = [name for name, curves, x in plots if curves]
     for name, curves, x in plots:
@@ -314,9 +330,9 @@ def main(argv: list[str] | None = None) -> None:
     if report is not None:
         runs = figures.read_runs(Path(args.classify).parent, report["runs"])
         if headline(report):
-            tables += [table3(report, paper, args.against), table4(report, paper)]
+            tables += [table3(report, paper, args.against), table4(report, paper, args.against)]
         if any("macro_auc" in of for of in report["arms"].values()):
-            tables.append(table5(report, paper))
+            tables.append(table5(report, paper, args.against))
     if args.dry_run:
         print(f"{', '.join(table.name for table in tables)}: can be made; nothing written")
         return

@@ -18,6 +18,8 @@ class Cell:
     high: float | None = None
     p: float | None = None
     paper: Sequence[float] | None = None  # the published value, and its interval where there is one
+    floor: float | None = None  # the same between real images
+    extractor: str = ""  # of the features that it is of, where the paper's may be others
 
     def lines(self) -> list[str]:
         """What to print, from the figure itself down to the paper's."""
@@ -25,6 +27,10 @@ class Cell:
         if self.value is not None:
             interval = f" [{short(self.low)}, {short(self.high)}]" if self.low is not None else ""
             found.append(f"{short(self.value)}{interval}")
+        if self.extractor:
+            found.append(f"features of {self.extractor}")
+        if self.floor is not None:
+            found.append(f"floor {short(self.floor)}")
         if self.p is not None:
             found.append("p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}")
         if self.paper is not None:
@@ -69,13 +75,15 @@ def write(table: Table, folder: Path) -> None:
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file)  # one line a figure, to be read by programs
-        writer.writerow(["row", "group", "column", "value", "low", "high", "p", "paper", "paper_low", "paper_high"])
+        figures = ("value", "low", "high", "p", "paper", "paper_low", "paper_high", "floor")
+        writer.writerow(["row", "group", "column", *figures, "extractor"])
         for name, cells in table.rows.items():
             for (group, column), cell in zip(table.columns, cells, strict=True):
                 paper = [*(cell.paper or ()), None, None, None][:3]
-                numbers = (cell.value, cell.low, cell.high, cell.p, *paper)
+                numbers = (cell.value, cell.low, cell.high, cell.p, *paper, cell.floor)
                 if any(number is not None for number in numbers):
-                    writer.writerow([name, group, column, *("" if number is None else number for number in numbers)])
+                    shown = ("" if number is None else number for number in numbers)
+                    writer.writerow([name, group, column, *shown, cell.extractor])
     with atomic_path(folder / f"{table.name}.png") as temporary:
         temporary.write_bytes(picture(table))
 

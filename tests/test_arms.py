@@ -1,10 +1,12 @@
 """What each arm draws its batches from under each policy, and what it does to images."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
-from eval import arms
+from eval import arms, classify
 from eval.arms import EXTRA, REAL, Mixing, augmentation_of, draw_batch, phases_of
 from tiger.errors import InputError
 
@@ -29,7 +31,7 @@ def test_titles() -> None:
         "tiger_f_0": "Tiger-F, generator 0",
         "tiger_f_0, 100 a class": "Tiger-F, generator 0, 100 a class",
         "sd_controlnet_12": "Stable Diffusion + ControlNet, generator 12",
-        "perturbed_0": "perturbed_0",  # no method of ours
+        "another_0": "another_0",  # no method of ours
         "mixup_0": "mixup_0",  # a set of that name is no mixup
     }
     assert {arm: arms.title(arm) for arm in titles} == titles
@@ -123,6 +125,15 @@ def test_image_augmentations_change_each_image_by_itself() -> None:
         assert len(torch.unique(changed.view(20, -1), dim=0)) > 5
     erased = (changed == arms.MEAN_GREY).flatten(1).float().mean(1)
     assert 0.2 < (erased > 0).float().mean() < 0.8  # half of them
+
+
+def test_arms_and_policies_are_described_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        classify.main(["--help"])
+    told = capsys.readouterr().out
+    for name in (*arms.PLAIN, arms.UPPER, *arms.POLICIES):
+        assert len(re.findall(rf"^    {name} +\w", told, re.MULTILINE)) == 1
+    assert "variant" in arms.title("features")  # not DeVries & Taylor's autoencoder and neighbours
 
 
 def test_features_go_away_from_another_of_the_class() -> None:

@@ -13,7 +13,7 @@ from eval_samples import write_dataset
 from PIL import Image
 from training_samples import flags, save_base
 
-from eval import classifier, classify, features, figures, realism, runs, training
+from eval import classifier, classify, features, figures, leakage, realism, runs, training
 from eval.images import load_images, source_patients
 from eval.runs import SHARES
 from eval.study import Data, Held, Sources, Trial, classes_of, kept, load
@@ -69,6 +69,9 @@ def test_report_scores_and_reuse(folders: dict[str, Path], tmp_path: Path, train
     added = {arm: entry["added"] for arm, entry in report["arms"].items()}
     assert added["none"] == dict.fromkeys(CLASSES, 0)
     assert added["tiger_f"] == added["real_upper"] == dict.fromkeys(CLASSES, 8)
+    assert all(entry["real"] == report["n"]["train"] for entry in report["arms"].values())
+    (unknown,) = report["unchecked"]
+    assert "24 rows do not say which model made them" in unknown
     assert report["command"].startswith("python -m eval.classify --real ")
     tiger = report["arms"]["tiger_f"]
     assert set(tiger) >= {"macro_auc", "auc benign vs PTC", "auc benign vs FTC", "valid auc benign vs FTC"}
@@ -173,6 +176,7 @@ def test_amounts_and_shares_of_the_real(folders: dict[str, Path], tmp_path: Path
     report = json.loads(output.read_text())
     arms = ["oversampling", "tiger_f, 2 a class", "tiger_f, 4 a class"]
     assert list(report["arms"]) == [f"{arm}, 0.5 of the real" for arm in arms] + arms
+    assert report["arms"]["oversampling, 0.5 of the real"]["real"] == {"benign": 10, "PTC": 6, "FTC": 2}
     pairs = {(one["arm"], one["against"]) for one in report["comparisons"]}
     assert pairs == {(f"{arm}{of}", f"oversampling{of}") for arm in arms[1:] for of in (", 0.5 of the real", "")}
     with pytest.raises(InputError, match="arm tiger_f: 8 images of class benign, and --amounts asks for 9"):
@@ -360,7 +364,7 @@ def test_the_state_is_selected_on_valid(folders: dict[str, Path], monkeypatch: p
     valid = load_images(rows, 32), np.array([CLASSES.index(str(row.label)) for row in rows.rows])
     looks: list[tuple[float, np.ndarray]] = []
 
-    def scripted(y: np.ndarray, p: np.ndarray, classes: list[int]) -> float:
+    def scripted(y: np.ndarray, p: np.ndarray) -> float:
         assert np.array_equal(y, valid[1])
         looks.append(((0.5, 0.9, 0.3, 0.9)[len(looks)], p))
         return looks[-1][0]
@@ -417,9 +421,14 @@ def test_leakage_is_refused_by_name(folders: dict[str, Path], tmp_path: Path, wh
 
 
 def test_what_cannot_be_checked_is_said(folders: dict[str, Path], tmp_path: Path, capsys) -> None:
-    """Images that were drawn after another copy of the data set, whose files have other names."""
+    """Images that do not say what drew them, and those drawn after another copy of the data set, of other names."""
     classify.main(arguments(folders, tmp_path / "r.json", "--dry_run"))
-    assert "so not checked" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "so not checked" not in told
+    nameless = (
+        "24 rows do not say which model made them, so nothing is known of what it was trained on: images/S0000.png"
+    )
+    assert f"warning: {folders['fake'] / 'metadata.jsonl'}: {nameless}" in told
     fake = spoil(
         folders["fake"], tmp_path / "other", lambda row: replace(row, derived_from=(f"shard-0.tar/{row.file_name}",))
     )
@@ -435,7 +444,10 @@ def test_a_generator_of_older_code_whose_data_are_gone_is_said(
     (model / "config.yaml").write_text("data_dir: gone\npretrained_model: base\n")
     fake = spoil(folders["fake"], tmp_path / "older", lambda row: replace(row, model=f"{model}@0"))
     classify.main(arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run"))
-    assert f"what {model} was trained on is not checked: it did not note its files" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"what {model} was trained on is not checked: it did not note its files" in told
+    assert f"what base was trained on is not checked: it is not here (no {Path.cwd() / 'base' / 'config.yaml'})" in told
+    assert "which model made them" not in told
 
 
 @pytest.mark.parametrize("how", ["same", "copied", "base"])
@@ -465,6 +477,37 @@ def test_a_generator_that_saw_test_rows_is_refused(folders: dict[str, Path], tmp
         text = (folder / "config.yaml").read_text().replace("split: test", "split: train")
         (folder / "config.yaml").write_text(text)
     classify.main(arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run"))
+
+
+def test_relative_paths_are_those_of_the_run_that_holds_them(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another checkout, in which the command runs, has a model of the same path, and that has seen no test image."""
+    for place, split in (("theirs", "test"), ("ours", "train")):
+        model = tmp_path / place / "runs" / "finetune"
+        model.mkdir(parents=True)
+        shutil.copytree(folders["real"], tmp_path / place / "runs" / "data")
+        (model / "config.yaml").write_text(f"data_dir: runs/data\nsplit: {split}\npretrained_model: base\n")
+    fake = tmp_path / "theirs" / "runs" / "generated"
+    shutil.copytree(folders["fake"], fake)
+    rows = manifest.read(fake).rows
+    manifest.write(fake / "metadata.jsonl", [replace(row, model="runs/finetune@0123456789ab") for row in rows])
+    monkeypatch.chdir(tmp_path / "ours")
+    given = arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run")
+    with pytest.raises(InputError, match="theirs/runs/finetune was trained on patients of valid or test: images/P"):
+        classify.main(given)
+    nearer = tmp_path / "theirs" / "runs" / "runs" / "finetune"  # of another run, which began in that folder
+    shutil.copytree(tmp_path / "ours" / "runs" / "finetune", nearer)
+    monkeypatch.chdir(tmp_path / "theirs")
+    with pytest.raises(InputError, match="theirs/runs/finetune was trained on patients of valid or test: images/P"):
+        classify.main(given)
+    monkeypatch.chdir(tmp_path / "ours")
+    shutil.rmtree(tmp_path / "theirs" / "runs" / "finetune")
+    shutil.rmtree(nearer)
+    shutil.rmtree(tmp_path / "ours" / "runs" / "finetune")
+    classify.main(given)
+    missing = tmp_path / "ours" / "runs" / "finetune" / "config.yaml"
+    assert f"what runs/finetune was trained on is not checked: it is not here (no {missing})" in capsys.readouterr().err
 
 
 def test_what_a_generator_was_trained_on_outlives_a_new_split(
@@ -523,6 +566,36 @@ def test_a_copy_of_a_test_image_is_refused(folders: dict[str, Path], tmp_path: P
         (real / "images" / f"{copy}.png").write_bytes((real / "images" / "P0070.png").read_bytes())
         with pytest.raises(InputError, match=f"also in test of .*: images/{copy}.png = images/P0070.png"):
             classify.main(arguments(folders | {"real": real}, tmp_path / "r.json", "--dry_run"))
+
+
+@pytest.mark.parametrize(("gain", "offset"), [(1, 1), (0.8, 20)])
+def test_a_synthetic_image_that_shows_a_held_out_one_is_refused(
+    folders: dict[str, Path], tmp_path: Path, gain: float, offset: int
+) -> None:
+    fake = tmp_path / "fake"
+    shutil.copytree(folders["fake"], fake)
+    for row, copied in zip(manifest.read(fake).rows[3:5], ("P0055", "P0070"), strict=True):  # of valid, of test
+        with Image.open(folders["real"] / "images" / f"{copied}.png") as image:
+            image.point(lambda level: gain * level + offset).save(fake / row.file_name)
+    given = arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run")
+    with pytest.raises(
+        InputError, match="show the same picture as one in valid of .*: images/S0003.png = images/P0055"
+    ):
+        classify.main(given)
+    manifest.write(fake / "metadata.jsonl", [row for i, row in enumerate(manifest.read(fake).rows) if i != 3])
+    with pytest.raises(InputError, match="show the same picture as one in test of .*: images/S0004.png = images/P0070"):
+        classify.main(given)
+    manifest.write(fake / "metadata.jsonl", [row for i, row in enumerate(manifest.read(fake).rows) if i != 3])
+    classify.main(given)
+
+
+def test_a_hash_alone_makes_no_copy(folders: dict[str, Path]) -> None:
+    """Hashes of different phantoms, and of different patients' chest x-rays, can be a few bits apart."""
+    fake, real = (manifest.read(folders[name]).select(split="train") for name in ("fake", "real"))
+    looks = np.zeros(2, np.uint64), np.random.default_rng(0).integers(0, 256, (2, 32, 32), np.uint8)
+    leakage.refuse_near_copies(fake, looks, real, (looks[0][:1], looks[1][:1] // 2 + looks[1][1:] // 2))
+    with pytest.raises(InputError, match="picture as one in train of .*: images/S0001.png = images/P0000.png; drop"):
+        leakage.refuse_near_copies(fake, looks, real, (looks[0][:1], looks[1][1:]))
 
 
 def test_a_synthetic_set_may_have_the_name_of_a_split(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Figures over seeds and folds, thresholds from valid, paired tests: from scores alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from eval_samples import make_run
@@ -106,6 +108,8 @@ def test_calibration_on_held_out_images_has_all_degrees_of_freedom() -> None:
     run = make_run("none", 1.0)
     chi2, p = figures.hosmer_lemeshow(run, "benign", "benign vs FTC")
     assert p == pytest.approx(stats.chi2.sf(chi2, 10))
+    few = replace(run, test=Scores(run.test.y[56:64], run.test.p[56:64], list("abcdefgh"), list("abcdefgh")))
+    assert np.isnan(figures.hosmer_lemeshow(few, "benign", "benign vs FTC")).all()  # eight images, ten groups
 
 
 def test_only_equal_conditions_are_compared_and_each_figure_is_a_family() -> None:

@@ -63,6 +63,25 @@ def test_generators_that_disagree_weaken_a_test() -> None:
     assert alike["p"] < 1e-4 and 0.01 < apart["p"] < 0.3  # all three are above, and three are few
     one = difference(study((1.1,)))
     assert one["high"] - one["low"] == pytest.approx(alike["high"] - alike["low"], rel=0.05)
+    assert (one["generators"], alike["generators"]) == (1, 3)  # what the interval of one does not cover is said
+
+
+def test_an_arm_of_one_generator_is_called_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [*study((0.8, 1.1)), *(make_run("coarse", 0.9, seed, noise=seed) for seed in range(3))]
+    save(runs, tmp_path)
+    arguments = ["--classify", str(tmp_path / "report.json"), "--output", str(tmp_path / "out.json")]
+    generators.main([*arguments, "--against", "oversampling", "coarse"])
+    told, found = capsys.readouterr().out, read_json(tmp_path / "out.json")
+    assert {arm: of["macro"]["generators"] for arm, of in found["arms"].items()} == {
+        "oversampling": 0, "real_upper": 0, "tiger_f": 2, "coarse": 1
+    }  # fmt: skip
+    pairs = {(one["arm"], one["against"]): one["generators"] for one in found["differences"]}
+    assert pairs["tiger_f", "oversampling"] == 2 and pairs["real_upper", "oversampling"] == 0
+    assert pairs["tiger_f", "coarse"] == pairs["coarse", "oversampling"] == 1
+    assert found["shares"]["coarse"]["macro"]["generators"] == 1
+    coarse = "Stable Diffusion (coarse stage), one generator"
+    assert f"| {coarse} | " in told and f"| minus {coarse} | " in told and "| oversampling | " in told
+    assert told.splitlines()[-1].startswith("One generator: intervals and p do not cover")
 
 
 def test_a_missing_training_and_an_unknown_arm_are_refused(tmp_path: Path) -> None:
@@ -104,3 +123,4 @@ def test_tables_are_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"| Tiger-F, 2 generators | {entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}] |" in told
     assert "| minus oversampling | benign-FTC | macro |" in told
     assert "| share of what further real images gain | benign-FTC | macro |" in told
+    assert "ne generator" not in told

@@ -192,6 +192,22 @@ def test_text_says_how_far_figures_reach(page: Page) -> None:
     assert "Further real images are fewer than synthetic ones (FTC 6 of 12)" in page.text
     assert "60% of benign, 60% of FTC in a batch" in page.text  # 12 of 20 and 6 of 10
     assert "shows no image of this run" in page.text
+    assert "Each class is drawn equally often, but from real images as they are: there as often as" in page.text
+    assert "Not checked for leaks: " in page.text and "24 rows do not say which model made them" in page.text
+    assert "Hosmer–Lemeshow χ²medians over seeds and folds" in page.text
+    assert "Brier, of the positive class ↓" in page.text and "Brier, summed over the classes ↓" in page.text
+
+
+def test_what_is_not_the_same_in_every_arm_is_said(folder: Path) -> None:
+    results = read_results(folder)
+    assert results.classify is not None and "nets, one a share" not in benefit_section(results)
+    results.classify["settings"] |= {"share": [0.25, 0.5]}
+    assert "the best on valid of 2 nets, one a share, is tested; all other arms have one net." in benefit_section(
+        results
+    )
+    results.classify["settings"] |= {"policy": "pooled"}
+    section = benefit_section(results)
+    assert "but from real images as they are and the pool: there as" in section and "one a share" not in section
 
 
 def test_numbers_of_images_over_folds_are_explained(folder: Path, page: Page) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from eval import scoring, statistics
+from eval import classifier, scoring, statistics
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +64,25 @@ def test_multiclass_figures_are_those_of_scikit_learn() -> None:
         assert found["brier"][i] == pytest.approx(((p[rows] - np.eye(3)[y[rows]]) ** 2).sum(1).mean())
 
 
+def test_an_auc_has_one_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single values, those on which states are selected, and those of resamples cannot differ."""
+    y, p = (
+        np.array([0, 0, 1, 1, 1]),
+        np.array([[0.9, 0.1, 0], [0.4, 0.6, 0], [0.5, 0.4, 0.1], [0.1, 0.9, 0], [0, 1, 0]]),
+    )
+    assert classifier.macro_auc(y, p) == statistics.auc(y, p[:, 1]) == 5 / 6  # of the classes that are there
+    monkeypatch.setattr(scoring, "_by_threshold", lambda y, s, w: (np.array([[0, 1.0]]), np.array([[1.0, 0]])))
+    assert statistics.auc(y, p[:, 1]) == statistics.recall_at_fpr(y, p[:, 1], 0.5) == classifier.macro_auc(y, p) == 0
+
+
 def test_examples_of_scikit_learns_documentation() -> None:
     one = np.ones((1, 4))
     assert scoring.auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8], one) == [0.75]
     assert scoring.brier([0, 1, 1, 0], np.array([0.1, 0.9, 0.8, 0.3]), one) == pytest.approx(0.0375)
     table = scoring.confusion([1, 1, 1, 0], [1, 0, 1, 1], one, 2)
     assert scoring.agreement(table)["mcc"] == pytest.approx(-0.33, abs=0.01)
+    table = scoring.confusion([0, 1, 0, 2, 1], [0, 1, 0, 2, 0], np.ones((1, 5)), 3)
+    assert scoring.agreement(table)["kappa"] == pytest.approx(0.6875)
 
 
 def test_a_resample_without_a_class_has_no_auc_and_no_recall(sample) -> None:
@@ -95,3 +108,5 @@ def test_calibration_of_a_calibrated_score_is_the_diagonal() -> None:
     predicted, observed = scoring.calibration(rng.random(20000) < p, p)
     assert predicted == pytest.approx(observed, abs=0.04)
     assert len(predicted) == 10
+    ties = scoring.calibration([0, 0, 1, 1], np.full(4, 0.5), 2)
+    assert ties == ([0.5, 0.5], [0.5, 0.5])  # not by the order of the rows

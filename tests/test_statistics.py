@@ -145,6 +145,22 @@ def test_hosmer_lemeshow_by_hand() -> None:
     assert statistics.hosmer_lemeshow(y, p, groups=3) == pytest.approx((chi2, stats.chi2.sf(chi2, 1)), abs=1e-12)
 
 
+def test_hosmer_lemeshow_of_equal_probabilities_does_not_know_the_order_of_the_rows() -> None:
+    y = np.array([0, 0, 1, 1, 1, 0, 1, 1])
+    p = np.array([0.2, 0.5, 0.5, 0.5, 0.5, 0.8, 0.8, 0.9])
+    # two groups of four: three of the .5 stand in the lower one, with 3/4 of their positives each
+    low, high = (2.25 - 1.7) ** 2 / (1.7 * (1 - 1.7 / 4)), (2.75 - 3.0) ** 2 / (3.0 * 0.25)
+    for order in (np.arange(8), np.arange(8)[::-1], np.random.default_rng(0).permutation(8)):
+        chi2, value = statistics.hosmer_lemeshow(y[order], p[order], groups=2, fitted=False)
+        assert (chi2, value) == pytest.approx((low + high, stats.chi2.sf(low + high, 2)), abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "groups", "fitted", "fewest"), [(9, 10, True, 3), (9, 10, False, 1), (9, 2, True, 3)])
+def test_hosmer_lemeshow_needs_degrees_of_freedom_and_a_case_a_group(n: int, groups: int, fitted, fewest: int) -> None:
+    with pytest.raises(ValueError, match=f"need {fewest} ≤ groups ≤ cases, got groups = {groups}, cases = {n}"):
+        statistics.hosmer_lemeshow(np.arange(n) % 2, np.linspace(0.1, 0.9, n), groups, fitted)
+
+
 def test_hosmer_lemeshow_tells_calibrated_from_not() -> None:
     rng = np.random.default_rng(2)
     p = rng.uniform(0.05, 0.95, 4000)

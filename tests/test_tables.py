@@ -11,7 +11,7 @@ from PIL import Image
 
 from eval import classify, tables, typeset
 from eval.typeset import Cell, Table
-from tiger.errors import run
+from tiger.errors import InputError, run
 from tiger.files import read_json, write_json
 
 CLASSES = ("benign", "FTC")
@@ -45,15 +45,13 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root / "report.json",
     ]
     small = ["--model", "resnet18", "--image_size", "16", "--train_batch_size", "8", "--max_train_steps", "1"]
-    sweep = ["--amounts", "4,2", "--real_share", "1,0.5", "--resamples", "40", "--no_realism"]
+    sweep = ["--amounts", "4,2", "--real_share", "1,0.55", "--resamples", "40", "--no_realism"]
     classify.main([*map(str, given), *small, *sweep])
     estimate = {"value": 0.5, "low": 0.4, "high": 0.6}
-    metrics = dict.fromkeys(("cmmd", "density", "coverage", "geometry_score"), estimate)
-    of_class = metrics | {
-        "n": 60,
-        "ssim": {"random": estimate | {"value": 0.1}, "condition": estimate | {"value": 0.7}},
-    }
-    write_json(root / "quality.json", {"extractor": "E", "per_class": {"PTC": of_class, "FTC": of_class}})
+    metrics = dict.fromkeys(("cmmd", "density", "coverage", "geometry_score"), estimate | {"floor": 0.05})
+    pairings = {"random": 0.1, "random real": 0.3, "condition": 0.7}
+    of_class = metrics | {"n": 60, "ssim": {name: estimate | {"value": value} for name, value in pairings.items()}}
+    write_json(root / "quality.json", {"extractor": "E 12ab, 224 px", "per_class": {"PTC": of_class, "FTC": of_class}})
     return root
 
 
@@ -120,7 +118,7 @@ def test_generators_of_a_method_and_own_nets_stand_beside_the_papers(study: Path
     report = json.loads(text)
     for table, known in (
         (tables.table3(report, tables.published(), "oversampling"), [0.8132, 0.78, 0.83]),
-        (tables.table4(report, tables.published()), None),  # no such class in the paper's
+        (tables.table4(report, tables.published(), "oversampling"), None),  # no such class in the paper's
     ):
         assert "Own net: one of these two classes alone" in table.caption
         assert table.rows["Tiger-N, generator 1"][1].value is not None
@@ -132,10 +130,11 @@ def test_generators_of_a_method_and_own_nets_stand_beside_the_papers(study: Path
 def test_axes_say_what_was_counted(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report, axes = dict(read_json(study / "report.json")), {}
     monkeypatch.setattr(tables, "write_curves", lambda name, curves, x, folder: axes.update({name: x}))
-    for folds, mean in ((None, ""), (3, ", mean of the folds")):
-        report["settings"] = report["settings"] | {"folds": folds}
-        tables.write_plots(report, [], tables.published(), tmp_path)
-        assert axes == {"figure5a": "images added a class", "figure5b": f"real training images{mean}"}
+    tables.write_plots(report, [], tables.published(), tmp_path)
+    assert axes == {"figure5a": "images added a class", "figure5b": "real training images, mean of seeds and folds"}
+    older = {name: {k: v for k, v in of.items() if k != "real"} for name, of in report["arms"].items()}
+    with pytest.raises(InputError, match="of older code; run eval.classify again"):
+        tables.write_plots(report | {"arms": older}, [], tables.published(), tmp_path)
 
 
 def test_a_path_may_hold_an_equals_sign(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +145,35 @@ def test_a_path_may_hold_an_equals_sign(study: Path, tmp_path: Path, capsys: pyt
         assert "table2: can be made" in capsys.readouterr().out
     assert run(tables.main, ["--quality", f"sd={quality}", f"sd={quality}", "--output_dir", str(tmp_path)]) == 2
     assert "--quality sd=" in capsys.readouterr().err
+
+
+def test_table2_has_floors_and_names_what_the_cmmd_is_of(study: Path, made: Path) -> None:
+    found = {(line["group"], line["column"]): line for line in lines(made / "table2.csv") if line["value"]}
+    assert {name: found["FTC", name]["floor"] for name in ("SSIM", "CMMD", "GS", "density", "coverage", "n")} == {
+        "SSIM": "0.3", "CMMD": "0.05", "GS": "0.05", "density": "0.05", "coverage": "0.05", "n": ""
+    }  # fmt: skip
+    assert {column for _, column in found} == {"n", *tables.QUALITY.values()}  # no column without a figure of ours
+    assert [name for (label, name), line in found.items() if label == "FTC" and line["extractor"]] == ["CMMD"]
+    text = (made / "table2.md").read_text()
+    assert (
+        "0.500 [0.400, 0.600]<br>features of E 12ab<br>floor 0.050<br>paper 0.520" in text
+    )  # the paper's is of CLIP's
+    assert "Features of E 12ab, 224 px; the paper's CMMD is of CLIP's" in text
+
+
+def test_tables_4_and_5_have_the_p_of_what_was_tested(study: Path, made: Path) -> None:
+    report = read_json(study / "report.json")
+    p = {
+        one["figure"]: one["p_holm"]
+        for one in report["comparisons"]
+        if (one["arm"], one["against"]) == ("tiger_f, 4 a class", "oversampling")
+    }
+    for name, figure, column in (("table4", "auc benign vs FTC", "AUC"), ("table5", "macro_auc", "mean")):
+        found = {line["column"]: line["p"] for line in lines(made / f"{name}.csv") if line["row"] == "Tiger-F"}
+        assert float(found.pop(column)) == p[figure]
+        assert set(found.values()) == {""}  # accuracy, single classes and Brier scores are not tested
+        text = (made / f"{name}.md").read_text()
+        assert "p: paired, against oversampling, adjusted after Holm; columns without p were not tested." in text
 
 
 def test_table2_takes_the_pairing_with_the_same_map(made: Path) -> None:
@@ -159,12 +187,14 @@ def test_table2_takes_the_pairing_with_the_same_map(made: Path) -> None:
 
 def test_table5_has_all_classes_and_no_figures_of_other_diseases(study: Path, made: Path) -> None:
     found = lines(made / "table5.csv")
-    assert {line["column"] for line in found} == {"accuracy", "mean", "benign", "FTC", "Brier score"}
+    assert {line["column"] for line in found} == {"accuracy", "mean", "benign", "FTC", "Brier score, summed"}
     assert not any(line["paper"] for line in found)
+    assert "Brier score: squared errors, summed over the classes, 0 to 2." in (made / "table5.md").read_text()
     classes = ("Bronchitis", "Pneumonia", "Broncho-pneumonia", "Bronchiolitis")
     report = json.loads(json.dumps(read_json(study / "report.json")))
     report["n"] = {name: dict.fromkeys(classes, 5) for name in ("train", "test")}
-    table = tables.table5(report, tables.published())
+    table = tables.table5(report, tables.published(), "oversampling")
+    assert "summed over the classes, 0 to 2; the paper does not say which of its forms it has." in table.caption
     assert table.rows["Tiger-F"][0].paper == [0.8229, 0.81, 0.84]
 
 
@@ -177,7 +207,10 @@ def test_figure5_has_a_point_for_each_amount_and_share(made: Path) -> None:
         "Tiger-F, 4 a class",
         "further real images, 4 a class",
     }
-    assert [line["x"] for line in b if line["line"] == "oversampling"] == ["10", "20"]
+    assert [line["x"] for line in b if line["line"] == "oversampling"] == [
+        "10",
+        "20",
+    ]  # 3 and 2 patients, not 55 % of 20
 
 
 def test_what_cannot_be_made_is_one_line(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
