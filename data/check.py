@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from data import shards
-from data.duplicates import near_pairs, perceptual_hash, same_picture, thumbnail
+from data.duplicates import NEAR_BITS, NEAR_CORRELATION, near_pairs, perceptual_hash, same_picture, thumbnail
 from tiger import manifest
 from tiger.conditions import WHITE, brightest, to_gray_alone, white_level
 from tiger.knowledge import Knowledge
@@ -31,9 +31,6 @@ from tiger.manifest import SPLITS, Manifest, Problem, Row, Siblings, unit_of
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "tiny-base" / "tokenizer" / "tokenizer.json"
 MAX_TOKENS = 77  # what CLIP's text encoder takes, begin and end included
-# Measured on 1,140 chest x-rays and 256 breast sonograms: a picture saved again as JPEG 60 or at half size, or made
-# brighter, stays within 6 bits in 99, 100 and 95 %; different patients that come so near correlate by at most .93.
-NEAR_BITS, NEAR_CORRELATION = 6, 0.98
 WORTH_A_POOL = 300  # rows: starting processes takes seconds
 SHOWN = 10  # findings of one kind that are printed; the JSON report has all
 

@@ -16,8 +16,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from data.check import NEAR_BITS, NEAR_CORRELATION
-from data.duplicates import perceptual_hash, same_picture, thumbnail
+from data.duplicates import NEAR_BITS, NEAR_CORRELATION, near_pairs, perceptual_hash, same_picture, thumbnail
 from eval.images import load_native, name_rows
 from tiger import manifest as manifests
 from tiger.errors import InputError
@@ -188,11 +187,11 @@ def refuse_near_copies(fake: Manifest, looks: Looks, kept_out: Manifest, kept_ou
     They need not be equal pixel by pixel: brighter, saved again or resized, it is the same picture, as `data.prepare
     check` has it. One that is flipped or cropped is not found.
     """
-    (hashes, thumbnails), (known, known_thumbnails) = looks, kept_out_looks
-    near = [(i, j) for j, one in enumerate(known) for i in np.flatnonzero(np.bitwise_count(hashes ^ one) <= NEAR_BITS)]
-    pairs = np.array(near, np.int64).reshape(-1, 2) + (0, len(hashes))
-    same = same_picture(pairs, np.concatenate([thumbnails, known_thumbnails]), NEAR_CORRELATION) - (0, len(hashes))
-    copies = [f"{fake.rows[i].file_name} = {kept_out.rows[j].file_name}" for i, j in same.tolist()]
+    hashes, thumbnails = (np.concatenate(both) for both in zip(looks, kept_out_looks, strict=True))
+    pairs, n = near_pairs(hashes, NEAR_BITS), len(looks[0])
+    across = pairs[(pairs[:, 0] < n) & (pairs[:, 1] >= n)]
+    same = same_picture(across, thumbnails, NEAR_CORRELATION)
+    copies = [f"{fake.rows[i].file_name} = {kept_out.rows[j - n].file_name}" for i, j in same.tolist()]
     if copies:
         what = f"images that show the same picture as one in {kept_out.rows[0].split} of {kept_out.path}"
         raise InputError(f"{fake.path}: {what}: {name_rows(copies)}; drop them")

@@ -150,10 +150,12 @@ def load(sources: Sources, classes: list[str], image_size: int) -> Data:
     keys, kept_out_keys = ({name: keys_of(of_one) for name, of_one in of.items()} for of in (images, looked_at))
     for name, split in itertools.product(pools, kept_out):  # a synthetic set may be called "test"
         refuse_copies(pools[name], keys[name], kept_out[split], kept_out_keys[split])
-    looks = {name: looks_of(images[name]) for name in sources.fakes}
-    kept_out_looks = {split: looks_of(of_split) for split, of_split in looked_at.items()}
-    for name, split in itertools.product(looks, kept_out):
-        refuse_near_copies(pools[name], looks[name], kept_out[split], kept_out_looks[split])
+    if sources.fakes:
+        kept_out_looks = {split: looks_of(of_split) for split, of_split in looked_at.items()}
+        for name in sources.fakes:
+            looks = looks_of(images[name])
+            for split, rows in kept_out.items():
+                refuse_near_copies(pools[name], looks, rows, kept_out_looks[split])
     refuse_copies(kept_out["valid"], kept_out_keys["valid"], kept_out["test"], kept_out_keys["test"])
     if EXTRA in pools:
         refuse_copies(pools[EXTRA], keys[EXTRA], pools[REAL], keys[REAL])

@@ -13,8 +13,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from data.check import NEAR_BITS, NEAR_CORRELATION
-from data.duplicates import near_pairs, perceptual_hash, same_picture, thumbnail
+from data.duplicates import NEAR_BITS, NEAR_CORRELATION, near_pairs, perceptual_hash, same_picture, thumbnail
 from data.sources.writer import collect_rows, merge_masks, write_case
 from tiger.conditions import Gray, read_gray, read_mask
 from tiger.errors import InputError
