@@ -23,8 +23,10 @@ from tiger.errors import InputError
 from tiger.files import read_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row, straddling_patients
+from tiger.output import fingerprint
 from tiger.shards import content_hash, exists
 
+CONFIG = "config.yaml"  # which every training of ours leaves in its output folder
 Looks = tuple[NDArray[np.uint64], NDArray[np.uint8]]  # perceptual hashes (N,), thumbnails (N, 32, 32)
 
 
@@ -52,7 +54,13 @@ def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | 
         ]
     hash_of = functools.cache(lambda name: _hash_if_there(real.root / name))  # for all stages of all generators
     unchecked = [text for fake in fakes for text in unknown_makers(real, fake)]
-    for folder in dict.fromkeys(folder for fake in fakes for folder in generators(fake)):
+    makers = dict.fromkeys((folder, noted) for fake in fakes for folder, noted in generators(fake))
+    unchecked += [
+        f"{folder} holds another model than the one that made the images ({noted}), whose training is not checked"
+        for folder, noted in makers
+        if replaced(folder, noted)
+    ]
+    for folder in dict.fromkeys(folder for folder, _ in makers):
         stages = list(trainings(folder))
         problems.append(trained_on(real, folder, stages, hash_of))
         unchecked += [stage.unknown for stage in stages if stage.unknown]
@@ -87,10 +95,16 @@ def unknown_makers(real: Manifest, fake: Manifest) -> list[str]:
     return [f"{fake.path}: {len(names)} rows {what}: {name_rows(names)}" for what, names in found if names]
 
 
-def generators(fake: Manifest) -> list[Path]:
-    """The folders of the models that made synthetic rows, as far as the rows say so."""
-    names = {row.model.rpartition("@")[0] or row.model for row in fake.rows if row.model}
-    return [located(name, fake.path) for name in sorted(names)]
+def generators(fake: Manifest) -> list[tuple[Path, str]]:
+    """(folder, fingerprint) of the models that made synthetic rows, as far as the rows say so; "" where they note no
+    fingerprint."""
+    parts = {row.model.rpartition("@") for row in fake.rows if row.model}  # a name without an @ is the last part
+    return [(located(name or last, fake.path), last if name else "") for name, _, last in sorted(parts)]
+
+
+def replaced(folder: Path, noted: str) -> bool:
+    """Whether a model's folder holds another one by now than that of this fingerprint, such as one trained anew."""
+    return bool(noted) and (folder / CONFIG).is_file() and fingerprint(folder) != noted
 
 
 def located(name: str, beside: Path) -> Path:
@@ -119,13 +133,13 @@ def trainings(folder: Path) -> Iterator[Training]:
     """
     passed: set[Path] = set()
     while folder.resolve() not in passed:
-        if not (folder / "config.yaml").is_file():
+        if not (folder / CONFIG).is_file():
             if not passed or not folder.is_dir():
-                where = f"it is not here (no {folder.resolve() / 'config.yaml'})"
+                where = f"it is not here (no {folder.resolve() / CONFIG})"
                 yield Training({}, None, f"what {folder} was trained on is not checked: {where}")
             return
         passed.add(folder.resolve())
-        config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         inputs = folder / "inputs.json"
         files: dict[str, str] = read_json(inputs).get("files", {}) if inputs.is_file() else {}
         data, rows = located(str(config.get("data_dir")), folder), None

@@ -21,6 +21,7 @@ from tiger import manifest, pretrain
 from tiger.errors import InputError, run
 from tiger.files import read_json, write_json
 from tiger.manifest import Row
+from tiger.output import fingerprint
 
 CLASSES = ("benign", "PTC", "FTC")
 SMALL = ["--model", "resnet18", "--image_size", "32", "--train_batch_size", "8", "--resamples", "50"]
@@ -448,6 +449,23 @@ def test_a_generator_of_older_code_whose_data_are_gone_is_said(
     assert f"what {model} was trained on is not checked: it did not note its files" in told
     assert f"what base was trained on is not checked: it is not here (no {Path.cwd() / 'base' / 'config.yaml'})" in told
     assert "which model made them" not in told
+
+
+def test_a_generator_that_was_trained_anew_since_is_said(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "finetune"
+    (model / "unet").mkdir(parents=True)
+    (model / "unet" / "weights").write_text("first")
+    (model / "config.yaml").write_text(f"data_dir: {folders['real']}\n")
+    made_by = f"{model}@{fingerprint(model)}"
+    fake = spoil(folders["fake"], tmp_path / "earlier", lambda row: replace(row, model=made_by))
+    given = arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run")
+    classify.main(given)
+    assert "another model" not in capsys.readouterr().err
+    (model / "unet" / "weights").write_text("again")
+    classify.main(given)
+    assert f"{model} holds another model than the one that made the images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["same", "copied", "base"])

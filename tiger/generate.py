@@ -33,14 +33,23 @@ from tiger.errors import InputError, run
 from tiger.files import read_json, write_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import FILE_NAME, Manifest, Row
-from tiger.output import SETTINGS, Output, background, check_settings, check_space, full_disk_in_one_line, in_units
+from tiger.output import (
+    MODEL_PARTS,
+    SETTINGS,
+    Output,
+    background,
+    check_settings,
+    check_space,
+    fingerprint,
+    full_disk_in_one_line,
+    in_units,
+)
 from tiger.recipes import Item, Planner, Recipe, draw_conditions, read_training_rows
 
 S = TypeVar("S")
 T = TypeVar("T")
 Pair = tuple[np.ndarray, np.ndarray]  # mask and map
 
-MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "controlnet")
 DEFAULT_STRENGTH = 0.6
 BEHIND = 64  # images that may wait to be written
 # Settings that change which images are made, where and how fast, but not what an image looks like.
@@ -129,20 +138,6 @@ def model_resolution(model: str) -> int:
     latents = read_json(Path(model) / "unet" / "config.json")["sample_size"]
     levels = len(read_json(Path(model) / "vae" / "config.json")["block_out_channels"])
     return latents * 2 ** (levels - 1)
-
-
-def fingerprint(model: str) -> str:
-    """Twelve hex digits that change with the model: a hash of each file's name, size, first and last MiB."""
-    digest = hashlib.sha256()
-    for part in MODEL_PARTS:
-        for path in sorted(p for p in (Path(model) / part).rglob("*") if p.is_file()):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(model).as_posix()} {size}\n".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(2**20))
-                file.seek(max(0, size - 2**20))
-                digest.update(file.read(2**20))
-    return digest.hexdigest()[:12]
 
 
 def load_pipeline(config: GenerationConfig) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from tiger.manifest import Row
 from tiger.recipes import Item, Planner, Recipe
 
 SETTINGS = "generation.json"
+MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "controlnet")
 FOLDERS = {"file_name": "images", "condition_fg": "condition_fg", "condition_bg": "condition_bg"}
 
 
@@ -97,6 +99,20 @@ class Output:
         parts = [name.rpartition("_") for name in names]
         items = [(label, int(number)) for label, _, number in parts if label in order and number.isdecimal()]
         return sorted(items, key=lambda item: (order[item[0]], item[1]))
+
+
+def fingerprint(model: str | Path) -> str:
+    """Twelve hex digits that change with a folder's model: a hash of each file's name, size, first and last MiB."""
+    digest = hashlib.sha256()
+    for part in MODEL_PARTS:
+        for path in sorted(p for p in (Path(model) / part).rglob("*") if p.is_file()):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(model).as_posix()} {size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(2**20))
+                file.seek(max(0, size - 2**20))
+                digest.update(file.read(2**20))
+    return digest.hexdigest()[:12]
 
 
 def is_png(path: Path) -> bool:
