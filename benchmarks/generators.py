@@ -1,6 +1,8 @@
 """The study over generators: arms of which several were trained, as one figure each.
 
     python -m benchmarks.generators --classify runs/study/classify/report.json --output runs/study/generators.json
+    python -m benchmarks.generators --classify runs/study/classify/report.json --output runs/study/aims.json \
+        --arms tiger_f perturbed --against none oversampling sd_controlnet         # what was claimed beforehand, alone
 
 The arms NAME_0, NAME_1, … of a report, NAME a method of eval/arms.py, are taken together as NAME, drawn by that many
 generators. A figure is the mean over generators and classifier seeds. Its interval, and the test of a difference, are
@@ -92,15 +94,21 @@ def fewest(arms: Mapping[str, Array], *names: str) -> int:
     return min((len(arms[name]) for name in names if is_synthetic(name)), default=0)
 
 
-def summarise(drawn: Mapping[str, Mapping[str, Array]], against: Sequence[str]) -> dict[str, Any]:
-    """{arms: arm -> figures, differences: [of each arm to each of `against`], shares: arm -> figures}"""
+def summarise(
+    drawn: Mapping[str, Mapping[str, Array]], against: Sequence[str], tested: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """{arms: arm -> figures, differences: [of each arm to each of `against`], shares: arm -> figures}
+
+    tested: the arms whose differences are taken, which alone Holm's correction is then over; None: all.
+    """
     names = list(next(iter(drawn.values())))
+    tested = names if tested is None else tested
     report: dict[str, Any] = {"arms": {name: {} for name in names}, "differences": [], "shares": {}}
     for figure, arms in drawn.items():
         for name, arm in arms.items():
             counts = {"generators": fewest(arms, name), "seeds": arm.shape[1]}
             report["arms"][name][figure] = estimate(lambda a: a, arm) | counts
-        pairs = [(a, b) for b, a in itertools.product(against, names) if a not in against[: against.index(b) + 1]]
+        pairs = [(a, b) for b, a in itertools.product(against, tested) if a not in against[: against.index(b) + 1]]
         family = [estimate(np.subtract, arms[a], arms[b]) for a, b in pairs]
         for (a, b), one, p in zip(pairs, family, statistics.holm([one["p"] for one in family]), strict=True):
             of_pair = {"figure": figure, "arm": a, "against": b, "generators": fewest(arms, a, b)}
@@ -167,15 +175,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--classify", required=True, help="report.json of eval.classify, its scores beside it")
     parser.add_argument("--output", required=True, help="JSON file; the tables are printed")
     parser.add_argument("--against", nargs="+", default=["none", BASELINE], help="arms that all others are set against")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        help="arms whose differences are tested, such as those of hypotheses that were stated before the study: Holm's "
+        "correction is over these alone (default: all)",
+    )
     parser.add_argument("--resamples", type=int, default=1000, help="(default: 1000)")
     parser.add_argument("--chart", help="PNG file of the figures with their intervals")
     args = parser.parse_args(argv)
     report = read_json(args.classify)
     runs = figures.read_runs(Path(args.classify).parent, report["runs"])
     known = {generator_of(one.condition)[0] for one in runs}
-    if unknown := [arm for arm in args.against if arm not in known]:
-        raise InputError(f"--against {' '.join(unknown)}: {args.classify} has {', '.join(sorted(known))}")
-    found = summarise(draw(runs, report["settings"]["negative"], args.resamples), args.against)
+    for flag, names in (("--against", args.against), ("--arms", args.arms or [])):
+        if unknown := [arm for arm in names if arm not in known]:
+            raise InputError(f"{flag} {' '.join(unknown)}: {args.classify} has {', '.join(sorted(known))}")
+    found = summarise(draw(runs, report["settings"]["negative"], args.resamples), args.against, args.arms)
     write_json(args.output, {"resamples": args.resamples} | found)
     if args.chart:
         write_png(Path(args.chart), chart(found))

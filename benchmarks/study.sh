@@ -77,6 +77,9 @@ classify amounts/report.json --fake "tiger_f=$R/many" --seeds 0,1,2 \
 if [[ -f $R/classify/report.json ]]; then
     python -m benchmarks.generators --classify "$R/classify/report.json" --output "$R/generators.json" \
         --against none oversampling sd_controlnet --chart "$R/study.png"
+    # What was to be shown, stated before any of this was run: the p of these alone.
+    python -m benchmarks.generators --classify "$R/classify/report.json" --output "$R/aims.json" \
+        --arms tiger_f perturbed --against none oversampling sd_controlnet
 fi
 for report in classify/report classify/real_share amounts/report; do
     if [[ -f $R/$report.json ]]; then

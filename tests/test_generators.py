@@ -57,6 +57,25 @@ def test_differences_of_a_figure_are_one_family_and_a_pair_is_tested_once() -> N
     assert max(p) > 1e-3 and [one["p_holm"] for one in family] == pytest.approx(statistics.holm(p), rel=1e-6, abs=0)
 
 
+def test_hypotheses_stated_beforehand_are_a_family_of_their_own(tmp_path: Path) -> None:
+    runs = [*study((0.8, 0.9, 1.0)), *(make_run("basic", 0.51, seed, noise=seed + 9) for seed in range(3))]
+    save(runs, tmp_path)
+    arguments = ["--classify", str(tmp_path / "report.json"), "--against", "oversampling", "--output"]
+    p = {}
+    for name, more in (("all", []), ("aims", ["--arms", "tiger_f"])):
+        generators.main([*arguments, str(tmp_path / f"{name}.json"), *more])
+        p[name] = {
+            one["arm"]: (one["p"], one["p_holm"])
+            for one in read_json(tmp_path / f"{name}.json")["differences"]
+            if one["figure"] == "macro"
+        }
+    assert set(p["all"]) == {"basic", "real_upper", "tiger_f"} and set(p["aims"]) == {"tiger_f"}
+    assert p["aims"]["tiger_f"] == pytest.approx((p["all"]["tiger_f"][0],) * 2)
+    assert p["all"]["tiger_f"][1] > 1.9 * p["all"]["tiger_f"][0]
+    with pytest.raises(InputError, match="--arms sd: .* has basic, oversampling, real_upper, tiger_f"):
+        generators.main([*arguments, str(tmp_path / "out.json"), "--arms", "sd"])
+
+
 def test_generators_that_disagree_weaken_a_test() -> None:
     alike, apart = difference(study((1.1, 1.1, 1.1))), difference(study((0.6, 1.1, 1.6)))
     assert alike["value"] == pytest.approx(apart["value"], abs=0.03)
