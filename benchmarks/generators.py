@@ -2,7 +2,7 @@
 
     python -m benchmarks.generators --classify runs/study/classify/report.json --output runs/study/generators.json
     python -m benchmarks.generators --classify runs/study/classify/report.json --output runs/study/aims.json \
-        --arms tiger_f perturbed --against none oversampling sd_controlnet         # what was claimed beforehand, alone
+        --arms tiger_f --against none oversampling sd_controlnet         # few differences, as a family of their own
 
 The arms NAME_0, NAME_1, … of a report, NAME a method of eval/arms.py, are taken together as NAME, drawn by that many
 generators. A figure is the mean over generators and classifier seeds. Its interval, and the test of a difference, are
@@ -11,7 +11,7 @@ which three tell little. Differences are paired by patient and seed, and by numb
 which share a coarse stage then. Of an arm that one generator drew the third part is not known and is left out: its
 interval and p do not cover the generator, are too small by that, and say so ("one generator"; `generators` in the JSON
 is the fewest that an arm of the figure had, 0 where none of them has any). Holm's correction is over the differences of
-a figure. Where further real images gain clearly over oversampling, an arm's share of that is given too.
+a figure that are tested. Where further real images gain clearly over oversampling, an arm's share of that is given too.
 """
 
 import argparse
@@ -94,6 +94,17 @@ def fewest(arms: Mapping[str, Array], *names: str) -> int:
     return min((len(arms[name]) for name in names if is_synthetic(name)), default=0)
 
 
+def pairs_of(tested: Sequence[str], against: Sequence[str]) -> list[tuple[str, str]]:
+    """(arm, other) of each arm to each of `against`, no pair twice. Raises InputError where there is none."""
+    found: dict[frozenset[str], tuple[str, str]] = {}
+    for other, arm in itertools.product(against, tested):
+        if arm != other:
+            found.setdefault(frozenset((arm, other)), (arm, other))
+    if not found:
+        raise InputError(f"--arms {' '.join(tested)} --against {' '.join(against)}: give two different arms")
+    return list(found.values())
+
+
 def summarise(
     drawn: Mapping[str, Mapping[str, Array]], against: Sequence[str], tested: Sequence[str] | None = None
 ) -> dict[str, Any]:
@@ -108,7 +119,7 @@ def summarise(
         for name, arm in arms.items():
             counts = {"generators": fewest(arms, name), "seeds": arm.shape[1]}
             report["arms"][name][figure] = estimate(lambda a: a, arm) | counts
-        pairs = [(a, b) for b, a in itertools.product(against, tested) if a not in against[: against.index(b) + 1]]
+        pairs = pairs_of(tested, against)
         family = [estimate(np.subtract, arms[a], arms[b]) for a, b in pairs]
         for (a, b), one, p in zip(pairs, family, statistics.holm([one["p"] for one in family]), strict=True):
             of_pair = {"figure": figure, "arm": a, "against": b, "generators": fewest(arms, a, b)}
@@ -178,8 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--arms",
         nargs="+",
-        help="arms whose differences are tested, such as those of hypotheses that were stated before the study: Holm's "
-        "correction is over these alone (default: all)",
+        help="arms whose differences to --against are tested; Holm's correction is over these alone (default: all)",
     )
     parser.add_argument("--resamples", type=int, default=1000, help="(default: 1000)")
     parser.add_argument("--chart", help="PNG file of the figures with their intervals")
@@ -191,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         if unknown := [arm for arm in names if arm not in known]:
             raise InputError(f"{flag} {' '.join(unknown)}: {args.classify} has {', '.join(sorted(known))}")
     found = summarise(draw(runs, report["settings"]["negative"], args.resamples), args.against, args.arms)
-    write_json(args.output, {"resamples": args.resamples} | found)
+    family = {"arms_tested": args.arms, "against": args.against}  # what p_holm is over, in each figure; null: all arms
+    write_json(args.output, {"resamples": args.resamples} | family | found)
     if args.chart:
         write_png(Path(args.chart), chart(found))
     print(table(found, args.against))

@@ -50,6 +50,7 @@ NAMES = {  # as tables and pages have them; a set of synthetic images that is no
     "sd_controlnet": "Stable Diffusion + ControlNet",
     "tiger_n": "Tiger-N",
     "tiger_f": "Tiger-F",
+    "emphasised": "Tiger-F, emphasis",  # generation.py --emphasis
     "perturbed": "Tiger-F, frequencies off by up to 30 %",  # benchmarks/perturb.py
     "perfect": "drawn exactly as Tiger-F was asked",  # benchmarks/ceiling.py
     "real_upper": "further real images",

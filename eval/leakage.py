@@ -16,14 +16,14 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from data.duplicates import NEAR_BITS, NEAR_CORRELATION, near_pairs, perceptual_hash, same_picture, thumbnail
+from data.duplicates import NEAR_BITS, NEAR_CORRELATION, perceptual_hash, same_picture, thumbnail
 from eval.images import load_native, name_rows
 from tiger import manifest as manifests
 from tiger.errors import InputError
 from tiger.files import read_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row, straddling_patients
-from tiger.output import fingerprint
+from tiger.output import model_fingerprint
 from tiger.shards import content_hash, exists
 
 CONFIG = "config.yaml"  # which every training of ours leaves in its output folder
@@ -104,7 +104,7 @@ def generators(fake: Manifest) -> list[tuple[Path, str]]:
 
 def replaced(folder: Path, noted: str) -> bool:
     """Whether a model's folder holds another one by now than that of this fingerprint, such as one trained anew."""
-    return bool(noted) and (folder / CONFIG).is_file() and fingerprint(folder) != noted
+    return bool(noted) and (folder / CONFIG).is_file() and model_fingerprint(folder) != noted
 
 
 def located(name: str, beside: Path) -> Path:
@@ -130,6 +130,7 @@ def trainings(folder: Path) -> Iterator[Training]:
     """What a generator was trained on, then the model that it started from, and so on as far as they are here.
 
     Others' bases have no config.yaml and say nothing; of one that is not here nobody can tell whether it is another's.
+    A model that another one started from is taken as its folder has it now.
     """
     passed: set[Path] = set()
     while folder.resolve() not in passed:
@@ -201,11 +202,12 @@ def refuse_near_copies(fake: Manifest, looks: Looks, kept_out: Manifest, kept_ou
     They need not be equal pixel by pixel: brighter, saved again or resized, it is the same picture, as `data.prepare
     check` has it. One that is flipped or cropped is not found.
     """
-    hashes, thumbnails = (np.concatenate(both) for both in zip(looks, kept_out_looks, strict=True))
-    pairs, n = near_pairs(hashes, NEAR_BITS), len(looks[0])
-    across = pairs[(pairs[:, 0] < n) & (pairs[:, 1] >= n)]
-    same = same_picture(across, thumbnails, NEAR_CORRELATION)
-    copies = [f"{fake.rows[i].file_name} = {kept_out.rows[j - n].file_name}" for i, j in same.tolist()]
+    (hashes, thumbnails), (known, known_thumbnails) = looks, kept_out_looks
+    # Not `near_pairs` of all: of a generator that draws one image again and again, every pair of its images is near.
+    near = [(i, j) for j, one in enumerate(known) for i in np.flatnonzero(np.bitwise_count(hashes ^ one) <= NEAR_BITS)]
+    pairs = np.array(near, np.int64).reshape(-1, 2) + (0, len(hashes))
+    same = same_picture(pairs, np.concatenate([thumbnails, known_thumbnails]), NEAR_CORRELATION) - (0, len(hashes))
+    copies = [f"{fake.rows[i].file_name} = {kept_out.rows[j].file_name}" for i, j in same.tolist()]
     if copies:
         what = f"images that show the same picture as one in {kept_out.rows[0].split} of {kept_out.path}"
         raise InputError(f"{fake.path}: {what}: {name_rows(copies)}; drop them")

@@ -21,7 +21,7 @@ from tiger import manifest, pretrain
 from tiger.errors import InputError, run
 from tiger.files import read_json, write_json
 from tiger.manifest import Row
-from tiger.output import fingerprint
+from tiger.output import model_fingerprint
 
 CLASSES = ("benign", "PTC", "FTC")
 SMALL = ["--model", "resnet18", "--image_size", "32", "--train_batch_size", "8", "--resamples", "50"]
@@ -458,7 +458,7 @@ def test_a_generator_that_was_trained_anew_since_is_said(
     (model / "unet").mkdir(parents=True)
     (model / "unet" / "weights").write_text("first")
     (model / "config.yaml").write_text(f"data_dir: {folders['real']}\n")
-    made_by = f"{model}@{fingerprint(model)}"
+    made_by = f"{model}@{model_fingerprint(model)}"
     fake = spoil(folders["fake"], tmp_path / "earlier", lambda row: replace(row, model=made_by))
     given = arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run")
     classify.main(given)
@@ -614,6 +614,14 @@ def test_a_hash_alone_makes_no_copy(folders: dict[str, Path]) -> None:
     leakage.refuse_near_copies(fake, looks, real, (looks[0][:1], looks[1][:1] // 2 + looks[1][1:] // 2))
     with pytest.raises(InputError, match="picture as one in train of .*: images/S0001.png = images/P0000.png; drop"):
         leakage.refuse_near_copies(fake, looks, real, (looks[0][:1], looks[1][1:]))
+
+
+@pytest.mark.timeout(20)  # a second; to compare them with each other takes minutes and gigabytes
+def test_a_generator_that_repeats_itself_is_compared_with_held_out_images_alone(folders: dict[str, Path]) -> None:
+    fake, real = (manifest.read(folders[name]).select(split="train") for name in ("fake", "real"))
+    looks = np.zeros(20_000, np.uint64), np.zeros((20_000, 32, 32), np.uint8)
+    other = np.array([2**64 - 1], np.uint64), np.zeros((1, 32, 32), np.uint8)
+    leakage.refuse_near_copies(fake, looks, real, other)
 
 
 def test_a_synthetic_set_may_have_the_name_of_a_split(folders: dict[str, Path], tmp_path: Path) -> None:

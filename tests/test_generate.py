@@ -28,6 +28,7 @@ from eval.judges import AttributeNet, Segmenter, save_judge
 from tiger import conditions, generate, manifest, output, recipes
 from tiger.config import GenerationConfig, parse
 from tiger.errors import InputError, run
+from tiger.files import read_json, write_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row
 from tiger.model import DualControlNet
@@ -337,6 +338,31 @@ def test_output_is_a_manifest_with_provenance(data: Manifest, model: str, stub: 
     assert len({row.patient_id for row in made.rows}) == len(made.rows)
 
 
+def test_emphasis_is_of_rare_classes_prompts(data: Manifest, model: str, stub: Stub, tmp_path: Path) -> None:
+    plain, emphasised = tmp_path / "plain", tmp_path / "emphasised"
+    for folder, more in ((plain, []), (emphasised, ["--emphasis", "4"])):
+        generate.main(arguments(data, model, folder, "--count", "benign=4,FTC=16", *more))
+    rows, raised = (manifest.read(folder, KNOWLEDGE).rows for folder in (plain, emphasised))
+    assert [row.text for row in rows[:4]] == [row.text for row in raised[:4]]  # benign: training rows' own
+    halos = [[row.attributes["halo"] for row in of[4:]].count("uneven thick halo") for of in (rows, raised)]
+    assert halos[0] < 12 and halos[1] == 16
+    with pytest.raises(InputError, match="emphasis was 4.0, is 2.0"):
+        generate.main(arguments(data, model, emphasised, "--count", "FTC=17", "--emphasis", "2"))
+
+
+def test_what_an_older_version_did_not_note_had_its_default(
+    data: Manifest, model: str, stub: Stub, tmp_path: Path
+) -> None:
+    generate.main(arguments(data, model, tmp_path, "--count", "FTC=2"))
+    settings = read_json(tmp_path / "generation.json")
+    del settings["emphasis"]
+    write_json(tmp_path / "generation.json", settings)
+    with pytest.raises(InputError, match="emphasis was 0.0, is 2.0"):
+        generate.main(arguments(data, model, tmp_path, "--count", "FTC=3", "--emphasis", "2"))
+    generate.main(arguments(data, model, tmp_path, "--count", "FTC=3"))
+    assert len(manifest.read(tmp_path).rows) == 3
+
+
 def test_shards_interruptions_and_growth_change_nothing(data: Manifest, model: str, stub: Stub, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     generate.main(arguments(data, model, whole, "--count", "FTC=9,MTC=4"))
@@ -418,6 +444,13 @@ def bad_input(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--count", "ATC=1", "--mode", "refine"], "should come from there; give --mode diversify"),
         (["--count", "FTC=1", "--strength", "0.5"], "is for --mode refine only"),
         (["--count", "FTC=1", "--mode", "refine", "--prompts", "names"], "keeps each real image's own prompt"),
+        (
+            ["--count", "FTC=1", "--prompts", "names", "--emphasis", "0.5"],
+            "is for --mode diversify with --prompts auto",
+        ),
+        (["--count", "FTC=1", "--mode", "refine", "--emphasis", "0.5"], "is for --mode diversify with --prompts auto"),
+        (["--count", "FTC=1", "--emphasis", "11"], "--emphasis 11.0: must lie in 0..10"),
+        (["--count", "PTC=1", "--emphasis", "0.5"], "--count PTC=1 has no class that the knowledge base calls rare"),
         (["--count", "FTC=1", "--guidance_scale", "0.5"], "must be at least 1"),
         (["--count", "FTC=1", "--guidance_interval", "0.8,0.2"], "write LOW,HIGH within 0..1"),
         (["--count", "FTC=1", "--guidance_interval", "all"], "write LOW,HIGH within 0..1"),

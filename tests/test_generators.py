@@ -57,7 +57,7 @@ def test_differences_of_a_figure_are_one_family_and_a_pair_is_tested_once() -> N
     assert max(p) > 1e-3 and [one["p_holm"] for one in family] == pytest.approx(statistics.holm(p), rel=1e-6, abs=0)
 
 
-def test_hypotheses_stated_beforehand_are_a_family_of_their_own(tmp_path: Path) -> None:
+def test_chosen_arms_are_a_family_of_their_own(tmp_path: Path) -> None:
     runs = [*study((0.8, 0.9, 1.0)), *(make_run("basic", 0.51, seed, noise=seed + 9) for seed in range(3))]
     save(runs, tmp_path)
     arguments = ["--classify", str(tmp_path / "report.json"), "--against", "oversampling", "--output"]
@@ -72,6 +72,11 @@ def test_hypotheses_stated_beforehand_are_a_family_of_their_own(tmp_path: Path) 
     assert set(p["all"]) == {"basic", "real_upper", "tiger_f"} and set(p["aims"]) == {"tiger_f"}
     assert p["aims"]["tiger_f"] == pytest.approx((p["all"]["tiger_f"][0],) * 2)
     assert p["all"]["tiger_f"][1] > 1.9 * p["all"]["tiger_f"][0]
+    pairs = [("none", "oversampling"), ("tiger_f", "none"), ("tiger_f", "oversampling")]
+    assert set(generators.pairs_of(["none", "tiger_f", "tiger_f"], ["oversampling", "none"])) == set(pairs)
+    with pytest.raises(InputError, match="--arms none --against none: give two different arms"):
+        generators.pairs_of(["none"], ["none"])
+    assert read_json(tmp_path / "aims.json")["arms_tested"] == ["tiger_f"]
     with pytest.raises(InputError, match="--arms sd: .* has basic, oversampling, real_upper, tiger_f"):
         generators.main([*arguments, str(tmp_path / "out.json"), "--arms", "sd"])
 

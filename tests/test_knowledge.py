@@ -249,6 +249,39 @@ def test_sample_follows_frequencies_and_exclusions(thyroid: Knowledge):
     assert thyroid.compose("FTC", {}) == ("malignant, follicular", "sonogram")
 
 
+def test_emphasis_raises_what_sets_a_rare_subtype_apart(thyroid: Knowledge):
+    """By hand: FTC has a thick halo in .38, none in .45 and an intermittent one in .17; the common two have these in a
+    mean of .03, .78 and .19."""
+    raw = np.array([0.45 * (0.45 / 0.78) ** 0.5, 0.17 * (0.17 / 0.19) ** 0.5, 0.38 * (0.38 / 0.03) ** 0.5])
+    raised = thyroid.emphasised("FTC", "halo", 0.5)
+    assert list(raised.values()) == pytest.approx(list(raw / raw.sum()))
+    atc, plain = thyroid.emphasised("ATC", "diameter", 0.5), thyroid.subtypes["ATC"].frequencies["diameter"]
+    assert atc["enormous"] > plain["enormous"] and atc["large"] < plain["large"]  # the highest ratio gains most
+    assert thyroid.emphasised("FTC", "halo", 0) == thyroid.subtypes["FTC"].frequencies["halo"]
+    assert thyroid.emphasised("PTC", "halo", 0.5) == thyroid.subtypes["PTC"].frequencies["halo"]
+    assert thyroid.emphasised("FTC", "direction", 0.5) == pytest.approx(thyroid.emphasised("FTC", "direction", 0))
+    rng = np.random.default_rng(0)
+    draws = [thyroid.sample("FTC", rng, emphasis=0.5) for _ in range(1000)]
+    assert not any(thyroid.impossible(attributes) for attributes in draws)
+    thick = np.mean([attributes["halo"] == "uneven thick halo" for attributes in draws])
+    assert thick == pytest.approx(raised["uneven thick halo"], abs=0.04)
+
+
+def test_emphasis_counts_what_goes_unsaid(tmp_path: Path):
+    """Spurs are seen in .7 of ruptures and .1 of arthroses: (.7 / .1)^1 against (.3 / .9)^1 for none."""
+    path = tmp_path / "knee.yaml"
+    row = "{gap: {wide gap: 0.2, narrow gap: 0.8}, spurs: {bone spurs: 0.1}}"
+    head, common = NEW_ORGAN.replace("{gap: {wide gap: 0.2, narrow gap: 0.8}, spurs: {bone spurs: 0.7}}", row).split(
+        "subtypes:\n"
+    )
+    rare = common.replace("arthrosis", "rupture").replace("rare: false", "rare: true").replace("0.1}}", "0.7}}")
+    path.write_text(f"{head}subtypes:\n{common}{rare}", encoding="utf-8")
+    raised = Knowledge.load(path).emphasised("rupture", "spurs", 1)
+    assert raised == pytest.approx({"bone spurs": 4.9 / (4.9 + 0.1)})
+    path.write_text(f"{head}subtypes:\n{rare}", encoding="utf-8")
+    assert Knowledge.load(path).emphasised("rupture", "spurs", 1) == {"bone spurs": 0.7}
+
+
 def test_particular_terms_are_commoner_in_their_rare_subtype(thyroid: Knowledge):
     common = [subtype for subtype in thyroid.subtypes.values() if not subtype.rare]
     for label, terms in (

@@ -268,6 +268,9 @@ class GenerationConfig:
             knowledge base (knowledge, Tiger-F); status and subtype names alone (names, Tiger-N); terms drawn one by one
             as often as the class's training rows have them (estimated); train for common and knowledge for rare
             classes (auto)
+        emphasis: draw a rare class's terms on the lesion more often where the common classes have them seldom: each
+            frequency p is multiplied by (p / its mean over the knowledge base's common classes)^emphasis, and a
+            category's are brought back to their sum (0: as the knowledge base says; 0..10)
         knowledge: vocabulary of the organ: a name in configs/knowledge or a YAML file
         branches: both encoders in one pass, one of them alone, or the nodule first and then its surroundings
         steps: sampler steps; ddim wants about 50
@@ -303,6 +306,7 @@ class GenerationConfig:
     count: str
     mode: Literal["diversify", "refine"] = "diversify"
     prompts: Literal["auto", "train", "knowledge", "names", "estimated"] = "auto"
+    emphasis: float = 0.0
     knowledge: str = "thyroid"
     branches: Literal["fused", "fg", "bg", "fg_then_bg"] = "fused"
     steps: int = 20
@@ -338,6 +342,10 @@ class GenerationConfig:
         require(self.strength is None or self.mode == "refine", "strength", self, "is for --mode refine only")
         in_mode = self.mode == "diversify" or self.prompts in ("auto", "train")
         require(in_mode, "prompts", self, "is for --mode diversify: refine keeps each real image's own prompt")
+        from_knowledge = self.mode == "diversify" and self.prompts in ("auto", "knowledge")
+        needed = "is for --mode diversify with --prompts auto or knowledge"
+        require(not self.emphasis or from_knowledge, "emphasis", self, needed)
+        require(0 <= self.emphasis <= 10, "emphasis", self, "must lie in 0..10")
 
 
 def require(condition: bool, name: str, config: Any, message: str) -> None:

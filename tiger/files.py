@@ -5,7 +5,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,12 @@ def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def changed_settings(path: str | Path, settings: dict[str, Any]) -> list[str]:
-    """`name was old, is new` for each setting that differs from those in `path`; none where there is no such file."""
-    old = read_json(path) if Path(path).exists() else settings
+def changed_settings(
+    path: str | Path, settings: dict[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """`name was old, is new` for each setting that differs from those in `path`; none where there is no such file.
+
+    defaults: what settings were that the file does not name.
+    """
+    old = {**(defaults or {}), **read_json(path)} if Path(path).exists() else settings
     return [f"{name} was {old.get(name)}, is {value}" for name, value in settings.items() if old.get(name) != value]

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,9 +40,9 @@ from tiger.output import (
     background,
     check_settings,
     check_space,
-    fingerprint,
     full_disk_in_one_line,
     in_units,
+    model_fingerprint,
 )
 from tiger.recipes import Item, Planner, Recipe, draw_conditions, read_training_rows
 
@@ -266,18 +266,25 @@ def main(argv: list[str] | None = None) -> None:
     parse_interval(config.guidance_interval)
     knowledge = Knowledge.load(config.knowledge)
     train = read_training_rows(config.data_dir, knowledge)
-    planner = Planner(train, knowledge, mode=config.mode, prompts=config.prompts, seed=config.seed)
+    planner = Planner(
+        train, knowledge, mode=config.mode, prompts=config.prompts, seed=config.seed, emphasis=config.emphasis
+    )
     for label in counts:
         planner.check(label)
+    if config.emphasis and not any(knowledge.subtypes[label].rare for label in counts):
+        raise InputError(
+            f"--emphasis {config.emphasis}: --count {config.count} has no class that the knowledge base calls rare, "
+            "and only those have their terms emphasised; leave it out"
+        )
     check_model(config.model)
     check_sampler(config)
     settings = {
         **{name: value for name, value in asdict(config).items() if name not in FREE},
-        "model_hash": fingerprint(config.model),
+        "model_hash": model_fingerprint(config.model),
         "data_hash": hashlib.sha256(train.path.read_bytes()).hexdigest()[:12],
     }
     output = Output(Path(config.output_dir), f"{config.model}@{settings['model_hash']}")
-    check_settings(output.folder, settings)
+    check_settings(output.folder, settings, {field.name: field.default for field in fields(config)})
     mine = list(batches(counts, config.batch_size, shard))
     items = [item for batch in mine for item in batch]
     missing = {item for item in items if not output.has(item)}

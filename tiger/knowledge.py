@@ -18,6 +18,7 @@ import yaml
 
 from tiger.errors import InputError
 
+SELDOM = 0.01  # frequencies of common subtypes below this say no more than that a term is seldom among them
 KNOWLEDGE_DIR = Path(__file__).resolve().parents[1] / "configs" / "knowledge"
 
 # Words that carry no finding: left over between terms, they are not reported as unknown.
@@ -216,19 +217,25 @@ class Knowledge:
                 raise InputError(f"{category} {term!r} is not one of {list(self.categories[category].terms)}")
         return self._texts(self.subtypes[label].status, label, attributes)
 
-    def sample(self, label: str, rng: np.random.Generator, mode: Literal["full", "names"] = "full") -> dict[str, str]:
+    def sample(
+        self,
+        label: str,
+        rng: np.random.Generator,
+        mode: Literal["full", "names"] = "full",
+        emphasis: float = 0.0,
+    ) -> dict[str, str]:
         """Draw a term for every category from the subtype's frequencies ("full", Tiger-F), or none ("names", Tiger-N).
 
         Categories are drawn in the file's order, each from its frequencies without the terms that what was drawn
         before excludes, so earlier categories keep their frequencies exactly. No draw holds two terms that exclude
-        each other. An optional category may be left out.
+        each other. An optional category may be left out. emphasis: see `emphasised`.
         """
         self._check_label(label)
         attributes: dict[str, str] = {}
         if mode == "names":
             return attributes
         for key, category in self.categories.items():
-            frequencies = self.subtypes[label].frequencies[key]
+            frequencies = self.emphasised(label, key, emphasis)
             if category.optional and rng.random() >= sum(frequencies.values()):
                 continue
             possible = [term for term in frequencies if not self.excluded(term, attributes)]
@@ -236,6 +243,25 @@ class Knowledge:
             if weights.any():  # `load` has seen to it that only optional and inapplicable categories have nothing left
                 attributes[key] = possible[rng.choice(len(possible), p=weights / weights.sum())]
         return attributes
+
+    def emphasised(self, label: str, category: str, emphasis: float) -> dict[str, float]:
+        """P(term | subtype) of a category, shifted towards the terms that tell a rare subtype from the common ones.
+
+        `q(t) ∝ p(t) · (p(t) / p̄(t))^γ`, which sums to 1; γ = `emphasis`, 0 to 10; p̄ the mean over the common subtypes,
+        at least SELDOM. The term of the highest ratio gains most, at the cost of the others. Saying nothing of an
+        optional category counts as a term of it. With γ = 0, for a common subtype, and where none is common, the
+        frequencies are as they were.
+        """
+        row = self.subtypes[label].frequencies[category]
+        common = [_whole(subtype.frequencies[category]) for subtype in self.subtypes.values() if not subtype.rare]
+        if not emphasis or not self.subtypes[label].rare or not common:
+            return row
+        raised = {}
+        for term, p in _whole(row).items():
+            mean = sum(other.get(term, 0.0) for other in common) / len(common)
+            raised[term] = p * (p / max(mean, SELDOM)) ** emphasis
+        total = sum(raised.values())
+        return {term: raised[term] / total for term in row}
 
     def _check_label(self, label: str) -> None:
         if label not in self.subtypes:
@@ -427,6 +453,11 @@ def _vocabulary(
     for key, category in categories.items():
         for term, synonyms in category.terms.items():
             yield from ((phrase, _Meaning(key, term)) for phrase in (term, *synonyms))
+
+
+def _whole(row: Mapping[str, float]) -> dict[str, float]:
+    """A category's frequencies, with that of its going unsaid under "", which no term is."""
+    return {**row, "": max(0.0, 1.0 - sum(row.values()))}
 
 
 def _dead_end(

@@ -1,11 +1,12 @@
-"""The folder that synthetic images go to: which are there, how one is written, and the manifest of all."""
+"""The folder that synthetic images go to: which are there, how one is written, the manifest of all, and what is noted
+of the model that made them."""
 
 import contextlib
 import errno
 import hashlib
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ class Output:
         return sorted(items, key=lambda item: (order[item[0]], item[1]))
 
 
-def fingerprint(model: str | Path) -> str:
+def model_fingerprint(model: str | Path) -> str:
     """Twelve hex digits that change with a folder's model: a hash of each file's name, size, first and last MiB."""
     digest = hashlib.sha256()
     for part in MODEL_PARTS:
@@ -125,9 +126,9 @@ def is_png(path: Path) -> bool:
         return False
 
 
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to mix images of other settings into a folder."""
-    if changed := changed_settings(folder / SETTINGS, settings):
+def check_settings(folder: Path, settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse to mix images of other settings into a folder. What an older version did not note had its default."""
+    if changed := changed_settings(folder / SETTINGS, settings, defaults):
         raise InputError(
             f"{folder} holds images made with other settings: {'; '.join(changed)}. Give the old values to continue, "
             "or another --output_dir"

@@ -54,12 +54,15 @@ class Recipe:
 class Planner:
     """Which prompt, mask, map and seed each image gets."""
 
-    def __init__(self, train: Manifest, knowledge: Knowledge, *, mode: str, prompts: str, seed: int):
+    def __init__(
+        self, train: Manifest, knowledge: Knowledge, *, mode: str, prompts: str, seed: int, emphasis: float = 0.0
+    ):
         self.train = train
         self.knowledge = knowledge
         self.mode = mode
         self.prompts = prompts
         self.seed = seed
+        self.emphasis = emphasis
         self.fg = [name for name, category in knowledge.categories.items() if category.role == "fg"]
         self.bg = [name for name, category in knowledge.categories.items() if category.role == "bg"]
         self.usable = [with_attributes(row, knowledge) for row in train.rows if row.condition_fg and row.condition_bg]
@@ -142,7 +145,8 @@ class Planner:
         if source == "estimated":
             attributes = self._estimate(self.rows_of(label), rng)
         else:
-            attributes = self.knowledge.sample(label, rng, mode="names" if source == "names" else "full")
+            mode = "names" if source == "names" else "full"
+            attributes = self.knowledge.sample(label, rng, mode, self.emphasis)
         return attributes, self.knowledge.compose(label, attributes)[0]
 
     def _estimate(self, rows: Sequence[Row], rng: np.random.Generator) -> dict[str, str]:
