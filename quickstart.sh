@@ -31,8 +31,8 @@ stages() {
         --output_dir "$R/finetune" --cache_dir "$R/cache" --seed 0 # 250 s
     stage generated "synthesis" \
         python generation.py --model "$R/finetune" --data_dir "$R/data" --output_dir "$R/generated" \
-        --count benign=250,PTC=250,FTC=250,MTC=250 --steps 6 --scheduler dpmsolver++ --guidance_scale 2 \
-        --batch_size 25 --seed 0 # 100 s
+        --count benign=250,PTC=250,FTC=250,MTC=250 --emphasis 0.5 --steps 6 --scheduler dpmsolver++ \
+        --guidance_scale 2 --batch_size 25 --seed 0 # 100 s
     stage quality.json "image quality" \
         python -m eval.quality --real "$R/data" --fake "$R/generated" --output "$R/quality.json" # 35 s
     stage control.json "control: masks, maps and prompts against what the images show" \
