@@ -54,14 +54,8 @@ def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | 
         ]
     hash_of = functools.cache(lambda name: _hash_if_there(real.root / name))  # for all stages of all generators
     unchecked = [text for fake in fakes for text in unknown_makers(real, fake)]
-    makers = dict.fromkeys((folder, noted) for fake in fakes for folder, noted in generators(fake))
-    unchecked += [
-        f"{folder} holds another model than the one that made the images ({noted}), whose training is not checked"
-        for folder, noted in makers
-        if replaced(folder, noted)
-    ]
-    for folder in dict.fromkeys(folder for folder, _ in makers):
-        stages = list(trainings(folder))
+    for folder, noted in dict.fromkeys(maker for fake in fakes for maker in generators(fake)):
+        stages = list(trainings(folder, noted))
         problems.append(trained_on(real, folder, stages, hash_of))
         unchecked += [stage.unknown for stage in stages if stage.unknown]
     if extra is not None:
@@ -102,11 +96,6 @@ def generators(fake: Manifest) -> list[tuple[Path, str]]:
     return [(located(name or last, fake.path), last if name else "") for name, _, last in sorted(parts)]
 
 
-def replaced(folder: Path, noted: str) -> bool:
-    """Whether a model's folder holds another one by now than that of this fingerprint, such as one trained anew."""
-    return bool(noted) and (folder / CONFIG).is_file() and model_fingerprint(folder) != noted
-
-
 def located(name: str, beside: Path) -> Path:
     """The path `name` that a file or folder gives, relative to where its command ran, which it does not say: that was
     most likely in a folder around it, the present one if that is among them, else the nearest that has such a path.
@@ -126,11 +115,13 @@ class Training:
     unknown: str = ""  # why neither can be told
 
 
-def trainings(folder: Path) -> Iterator[Training]:
+def trainings(folder: Path, noted: str) -> Iterator[Training]:
     """What a generator was trained on, then the model that it started from, and so on as far as they are here.
 
     Others' bases have no config.yaml and say nothing; of one that is not here nobody can tell whether it is another's.
-    A model that another one started from is taken as its folder has it now.
+    Where a folder holds another model by now, such as one that was trained anew, that is said.
+
+    noted: the fingerprint of the model that made the images; "" where it is not known.
     """
     passed: set[Path] = set()
     while folder.resolve() not in passed:
@@ -140,15 +131,19 @@ def trainings(folder: Path) -> Iterator[Training]:
                 yield Training({}, None, f"what {folder} was trained on is not checked: {where}")
             return
         passed.add(folder.resolve())
+        if noted and noted != model_fingerprint(folder):
+            what = f"{folder} holds another model by now than {noted}, which was used and is not checked"
+            yield Training({}, None, what)
         config: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         inputs = folder / "inputs.json"
-        files: dict[str, str] = read_json(inputs).get("files", {}) if inputs.is_file() else {}
+        known: dict[str, Any] = read_json(inputs) if inputs.is_file() else {}
+        files, noted = known.get("files", {}), known.get("base", "")
         data, rows = located(str(config.get("data_dir")), folder), None
         if data.exists():
             rows = manifests.read(data, Knowledge.load(config.get("knowledge") or "thyroid"))
             split = config.get("split") or "train"
-            noted = tuple(row for row in rows.rows if row.file_name in files)  # whatever split they are in now
-            rows = replace(rows, rows=noted) if files else rows.select(split=split)
+            named = tuple(row for row in rows.rows if row.file_name in files)  # whatever split they are in now
+            rows = replace(rows, rows=named) if files else rows.select(split=split)
         unknown = f"what {folder} was trained on is not checked: it did not note its files, and {data} is not here"
         yield Training(files, rows, "" if files or rows is not None else unknown)
         if not config.get("pretrained_model"):

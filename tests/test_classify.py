@@ -451,21 +451,26 @@ def test_a_generator_of_older_code_whose_data_are_gone_is_said(
     assert "which model made them" not in told
 
 
-def test_a_generator_that_was_trained_anew_since_is_said(
+def test_a_model_that_was_trained_anew_since_is_said(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tmp_path / "finetune"
-    (model / "unet").mkdir(parents=True)
-    (model / "unet" / "weights").write_text("first")
-    (model / "config.yaml").write_text(f"data_dir: {folders['real']}\n")
+    """The generator itself, or the model that it started from."""
+    model, base = tmp_path / "finetune", tmp_path / "pretrain"
+    for folder, more in ((base, ""), (model, f"pretrained_model: {base}\n")):
+        (folder / "unet").mkdir(parents=True)
+        (folder / "unet" / "weights").write_text("first")
+        (folder / "config.yaml").write_text(f"data_dir: {folders['real']}\n{more}")
+    write_json(model / "inputs.json", {"base": model_fingerprint(base)})
     made_by = f"{model}@{model_fingerprint(model)}"
     fake = spoil(folders["fake"], tmp_path / "earlier", lambda row: replace(row, model=made_by))
     given = arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run")
     classify.main(given)
     assert "another model" not in capsys.readouterr().err
-    (model / "unet" / "weights").write_text("again")
-    classify.main(given)
-    assert f"{model} holds another model than the one that made the images" in capsys.readouterr().err
+    for folder in (base, model):
+        (folder / "unet" / "weights").write_text("again")
+        classify.main(given)
+        assert f"{folder} holds another model by now than" in capsys.readouterr().err
+        (folder / "unet" / "weights").write_text("first")
 
 
 @pytest.mark.parametrize("how", ["same", "copied", "base"])
@@ -539,6 +544,7 @@ def test_what_a_generator_was_trained_on_outlives_a_new_split(
     noted = read_json(model / "inputs.json")["files"]
     rows = manifest.read(real).rows
     assert list(noted) == [row.file_name for row in rows if row.split == "train"]
+    assert read_json(model / "inputs.json")["base"] == model_fingerprint(base)
     fake = spoil(
         folders["fake"], tmp_path / "coarse_set", lambda row: replace(row, model=f"{model}@0", derived_from=())
     )

@@ -22,6 +22,7 @@ from tiger.errors import InputError, WorkFailed
 from tiger.files import atomic_path, changed_settings, read_json, write_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row, row_weights
+from tiger.output import model_fingerprint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -118,7 +119,8 @@ def launch(
             with atomic_path(output_dir / "config.yaml") as path:
                 path.write_text(config_text(config), encoding="utf-8")
             files = dict(zip((row.file_name for row in dataset.rows), dataset.contents, strict=True))
-            write_json(output_dir / "inputs.json", inputs | {"files": files})  # for eval/leakage.py
+            provenance = {"base": model_fingerprint(config.pretrained_model), "files": files}  # for eval/leakage.py
+            write_json(output_dir / "inputs.json", inputs | provenance)
         cache_dir = Path(config.cache_dir) if config.cache_dir else output_dir / "cache"
         share: dict[str, Any] = {
             "rank": accelerator.process_index,
