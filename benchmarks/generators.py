@@ -1,10 +1,11 @@
 """The study over generators: arms of which several were trained, as one figure each.
 
-    python -m benchmarks.generators --classify runs/study/classify/report.json --output runs/study/generators.json
-    python -m benchmarks.generators --classify runs/study/classify/report.json --output runs/study/aims.json \
+    python -m benchmarks.generators --scores runs/study/classify/report_scores.csv --output runs/study/generators.json
+    python -m benchmarks.generators --scores runs/study/classify/report_scores.csv --output runs/study/aims.json \
         --arms tiger_f --against none oversampling sd_controlnet         # few differences, as a family of their own
+    python -m benchmarks.generators --scores benchmarks/scores/*.csv.xz --output R/study.json    # recorded; no training
 
-The arms NAME_0, NAME_1, … of a report, NAME a method of eval/arms.py, are taken together as NAME, drawn by that many
+The arms NAME_0, NAME_1, … of the tables, NAME a method of eval/arms.py, are taken together as NAME, drawn by that many
 generators. A figure is the mean over generators and classifier seeds. Its interval, and the test of a difference, are
 Student's t with three parts of variance: over patients (bootstrap), over classifier seeds, and over generators, of
 which three tell little. Differences are paired by patient and seed, and by number where both arms have generators,
@@ -30,24 +31,27 @@ from eval import charts, figures, scoring, statistics
 from eval.arms import UPPER, generator_of, title
 from eval.figures import Run
 from eval.html import bounds
-from eval.runs import is_synthetic
+from eval.runs import is_synthetic, read_table
 from eval.tables import write_png
 from tiger.errors import InputError, run
-from tiger.files import read_json, write_json
+from tiger.files import write_json
 
 Array = NDArray[np.float64]
-BASELINE = "oversampling"
+BASELINE, NEGATIVE = "oversampling", "benign"
 
 
 def draw(runs: Sequence[Run], negative: str, resamples: int) -> dict[str, dict[str, Array]]:
     """figure -> arm -> (generators, seeds, 1 + resamples): on the sample, then on each resample of its patients.
 
-    Raises InputError where an arm lacks a training, and on folds and nets of their own, which are not for this.
+    Raises InputError where an arm lacks a training or has one twice, and on folds and nets of their own.
     """
     trained: defaultdict[str, dict[tuple[int, int], Run]] = defaultdict(dict)
     for one in runs:
         method, number = generator_of(one.condition)
-        trained[method][int(number or 0), one.seed] = one
+        place = int(number or 0), one.seed
+        if place in trained[method]:
+            raise InputError(f"arm {one.condition}, seed {one.seed}: more than one training; give each once")
+        trained[method][place] = one
     seeds, patients = sorted({one.seed for one in runs}), runs[0].test.patients
     w = scoring.resample_weights(patients, resamples, np.random.default_rng(0))
     found: defaultdict[str, dict[str, Array]] = defaultdict(dict)
@@ -183,7 +187,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.generators", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--classify", required=True, help="report.json of eval.classify, its scores beside it")
+    parser.add_argument(
+        "--scores", nargs="+", required=True, help="tables NAME_scores.csv of eval.classify, also packed"
+    )
+    parser.add_argument("--negative", default=NEGATIVE, help=f"the class that others are set against ({NEGATIVE})")
     parser.add_argument("--output", required=True, help="JSON file; the tables are printed")
     parser.add_argument("--against", nargs="+", default=["none", BASELINE], help="arms that all others are set against")
     parser.add_argument(
@@ -194,13 +201,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resamples", type=int, default=1000, help="(default: 1000)")
     parser.add_argument("--chart", help="PNG file of the figures with their intervals")
     args = parser.parse_args(argv)
-    report = read_json(args.classify)
-    runs = figures.read_runs(Path(args.classify).parent, report["runs"])
+    runs = [figures.read_run(one) for path in args.scores for one in read_table(path)]
+    if args.negative not in runs[0].classes:
+        raise InputError(f"--negative {args.negative}: {args.scores[0]} has {', '.join(runs[0].classes)}")
     known = {generator_of(one.condition)[0] for one in runs}
     for flag, names in (("--against", args.against), ("--arms", args.arms or [])):
         if unknown := [arm for arm in names if arm not in known]:
-            raise InputError(f"{flag} {' '.join(unknown)}: {args.classify} has {', '.join(sorted(known))}")
-    found = summarise(draw(runs, report["settings"]["negative"], args.resamples), args.against, args.arms)
+            raise InputError(f"{flag} {' '.join(unknown)}: {' '.join(args.scores)} has {', '.join(sorted(known))}")
+    found = summarise(draw(runs, args.negative, args.resamples), args.against, args.arms)
     family = {"arms_tested": args.arms, "against": args.against}  # what p_holm is over, in each figure; null: all arms
     write_json(args.output, {"resamples": args.resamples} | family | found)
     if args.chart:

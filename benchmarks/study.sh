@@ -47,9 +47,12 @@ for seed in 0 1 2; do
     # What if the knowledge base's frequencies were wrong by up to 30 %?
     python -m benchmarks.perturb --by 0.3 --seed "$seed" "$R/thyroid-$seed.yaml"
     generate "fine$seed" data 400 "perturbed$seed" "$seed" --knowledge "$R/thyroid-$seed.yaml"
-    # What if the rare classes' prompts name more often what sets them apart?
+    # What if the rare classes' prompts name more often what sets them apart? Of one ControlNet, the same prompts.
     generate "fine$seed" data 400 "emphasised$seed" "$seed" --emphasis 0.5
-    for arm in tiger_f tiger_n sd_controlnet perfect perturbed emphasised; do sets+=("${arm}_$seed=$R/$arm$seed"); done
+    generate "controlnet$seed" data 400 "sd_emphasised$seed" "$seed" --branches fg --emphasis 0.5
+    for arm in tiger_f tiger_n sd_controlnet perfect perturbed emphasised sd_emphasised; do
+        sets+=("${arm}_$seed=$R/$arm$seed")
+    done
     sets+=("coarse_$seed=$R/coarse_images$seed")
 done
 # And what does the autoencoder cost?
@@ -77,12 +80,14 @@ classify amounts/report.json --fake "tiger_f=$R/many" --seeds 0,1,2 \
     --arms oversampling tiger_f --amounts 100,400,800 --no_realism
 
 if [[ -f $R/classify/report.json ]]; then
-    python -m benchmarks.generators --classify "$R/classify/report.json" --output "$R/generators.json" \
+    python -m benchmarks.generators --scores "$R/classify/report_scores.csv" --output "$R/generators.json" \
         --against none oversampling sd_controlnet --chart "$R/study.png"
     # The differences that the aims are about, as a family of their own. The aims were set before the study; that they
     # make a family was decided after its first results, so give both p.
-    python -m benchmarks.generators --classify "$R/classify/report.json" --output "$R/aims.json" \
-        --arms tiger_f --against none oversampling sd_controlnet
+    for arm in tiger_f emphasised; do
+        python -m benchmarks.generators --scores "$R/classify/report_scores.csv" --output "$R/aims_$arm.json" \
+            --arms "$arm" --against none oversampling sd_controlnet
+    done
 fi
 for report in classify/report classify/real_share amounts/report; do
     if [[ -f $R/$report.json ]]; then

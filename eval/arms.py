@@ -48,6 +48,7 @@ NAMES = {  # as tables and pages have them; a set of synthetic images that is no
     "features": "feature space augmentation (variant: in the net)",  # see `extrapolate`
     "coarse": "Stable Diffusion (coarse stage)",
     "sd_controlnet": "Stable Diffusion + ControlNet",
+    "sd_emphasised": "Stable Diffusion + ControlNet, emphasis",
     "tiger_n": "Tiger-N",
     "tiger_f": "Tiger-F",
     "emphasised": "Tiger-F, emphasis",  # generation.py --emphasis

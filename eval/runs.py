@@ -8,11 +8,13 @@ scores/tiger_f-seed0.json
 """
 
 import csv
+import lzma
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import pandas as pd
 from torch import nn
 
 from eval import classifier
@@ -148,14 +150,16 @@ def scored(net: nn.Module, held: Held, labels: list[str]) -> dict[str, Any]:
     }
 
 
+HEAD = ("arm", "task", "seed", "fold", "split", "file_name", "patient_id", "label")  # of a table, then p_CLASS …
+
+
 def write_table(path: Path, found: Iterable[dict[str, Any]]) -> None:
     """One CSV with the probabilities of every held-out image in every run; empty where a net lacks the class."""
     found = list(found)
     classes = list(dict.fromkeys(label for one in found for label in one["classes"]))
-    head = ["arm", "task", "seed", "fold", "split", "file_name", "patient_id", "label", *(f"p_{c}" for c in classes)]
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(head)
+        writer.writerow([*HEAD, *(f"p_{c}" for c in classes)])
         for one in found:
             run = [one["condition"], *(one["settings"][name] for name in ("task", "seed", "fold"))]
             for split in ("valid", "test"):
@@ -164,6 +168,30 @@ def write_table(path: Path, found: Iterable[dict[str, Any]]) -> None:
                     p = dict(zip(one["classes"], rows["probabilities"][i], strict=True))
                     image = [name, rows["patient_id"][i], rows["label"][i], *(p.get(c, "") for c in classes)]
                     writer.writerow([*run, split, *image])
+
+
+def read_table(path: str | Path) -> list[dict[str, Any]]:
+    """The runs of a table of `write_table`, plain or packed (.gz, .xz), as their files have them but for the notes.
+
+    Raises InputError where it is no such table.
+    """
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
+        raise InputError(f"{path}: cannot be read as a table of scores: {error}") from error
+    columns = [name for name in table if name.startswith("p_")]
+    if not (set(HEAD) <= set(table) and columns):
+        raise InputError(f"{path}: not a table of scores as eval.classify writes them; it has {', '.join(table)}")
+    found, by_run = [], cast(Any, table.groupby([*HEAD[:4]], sort=False))
+    for (condition, task, seed, fold), rows in by_run:
+        known = [name for name in columns if rows[name].iloc[0]]
+        one: dict[str, Any] = {"condition": condition, "classes": [name.removeprefix("p_") for name in known]}
+        one["settings"] = {"task": task, "seed": int(seed), "fold": int(fold) if fold else None}
+        for split, of in rows.groupby("split", sort=False):
+            one[split] = {name: of[name].tolist() for name in ("file_name", "patient_id", "label")}
+            one[split]["probabilities"] = of[known].astype(float).to_numpy().tolist()
+        found.append(one)
+    return found
 
 
 def parse_shard(text: str) -> tuple[int, int]:

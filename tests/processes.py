@@ -3,6 +3,7 @@
 Not from the tests' own process: a process that has run a backward pass cannot be forked into one that does.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -58,6 +59,7 @@ def process(main: Main, argv: list[str], rank: int, world: int, port: int, logs:
     """What one process does."""
     os.dup2(os.open(logs / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)
+    faulthandler.enable()  # where it was, if it crashes
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)

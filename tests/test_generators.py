@@ -1,6 +1,8 @@
 """Several generators as one arm: their mean, and what three of them can tell."""
 
+import lzma
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from PIL import Image
 from benchmarks import generators
 from eval import statistics
 from eval.figures import Run
+from eval.runs import read_table, write_table
 from tiger.errors import InputError
-from tiger.files import read_json, write_json
+from tiger.files import read_json
 
 
 def study(gains: tuple[float, ...], seeds: int = 3) -> list[Run]:
@@ -59,8 +62,8 @@ def test_differences_of_a_figure_are_one_family_and_a_pair_is_tested_once() -> N
 
 def test_chosen_arms_are_a_family_of_their_own(tmp_path: Path) -> None:
     runs = [*study((0.8, 0.9, 1.0)), *(make_run("basic", 0.51, seed, noise=seed + 9) for seed in range(3))]
-    save(runs, tmp_path)
-    arguments = ["--classify", str(tmp_path / "report.json"), "--against", "oversampling", "--output"]
+    save(runs, tmp_path / "scores.csv")
+    arguments = ["--scores", str(tmp_path / "scores.csv"), "--against", "oversampling", "--output"]
     p = {}
     for name, more in (("all", []), ("aims", ["--arms", "tiger_f"])):
         generators.main([*arguments, str(tmp_path / f"{name}.json"), *more])
@@ -92,8 +95,8 @@ def test_generators_that_disagree_weaken_a_test() -> None:
 
 def test_an_arm_of_one_generator_is_called_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [*study((0.8, 1.1)), *(make_run("coarse", 0.9, seed, noise=seed) for seed in range(3))]
-    save(runs, tmp_path)
-    arguments = ["--classify", str(tmp_path / "report.json"), "--output", str(tmp_path / "out.json")]
+    save(runs, tmp_path / "scores.csv")
+    arguments = ["--scores", str(tmp_path / "scores.csv"), "--output", str(tmp_path / "out.json")]
     generators.main([*arguments, "--against", "oversampling", "coarse"])
     told, found = capsys.readouterr().out, read_json(tmp_path / "out.json")
     assert {arm: of["macro"]["generators"] for arm, of in found["arms"].items()} == {
@@ -112,33 +115,32 @@ def test_a_missing_training_and_an_unknown_arm_are_refused(tmp_path: Path) -> No
     runs = study((0.8, 1.1))
     with pytest.raises(InputError, match=r"arm tiger_f: needs one training .* generators \[0, 1\], seeds \[0, 1, 2\]"):
         generators.draw(runs[:-1], "benign", 10)
-    arguments = ["--classify", str(tmp_path / "report.json"), "--output", str(tmp_path / "out.json")]
-    save(runs, tmp_path)
+    arguments = ["--scores", str(tmp_path / "scores.csv"), "--output", str(tmp_path / "out.json")]
+    save(runs, tmp_path / "scores.csv")
     with pytest.raises(InputError, match="--against sd: .* has oversampling, real_upper, tiger_f"):
         generators.main([*arguments, "--against", "sd"])
 
 
-def save(runs: list[Run], folder: Path) -> None:
-    """A report and its scores, as eval.classify leaves them."""
-    names = []
-    for one in runs:
-        names.append(f"{one.condition}-seed{one.seed}")
+def save(runs: list[Run], path: Path) -> None:
+    """A table of scores, as eval.classify leaves it."""
+
+    def about(one: Run) -> dict[str, Any]:
         scores = {
             "file_name": one.test.file_names,
             "patient_id": one.test.patients,
             "label": [one.classes[c] for c in one.test.y],
             "probabilities": one.test.p.tolist(),
         }
-        settings = {"arm": one.condition, "task": one.task, "seed": one.seed, "fold": one.fold}
-        about = {"settings": settings, "condition": one.condition, "classes": one.classes}
-        write_json(folder / "scores" / f"{names[-1]}.json", about | {"test": scores})
-    write_json(folder / "report.json", {"runs": names, "settings": {"negative": "benign"}})
+        settings = {"task": one.task, "seed": one.seed, "fold": one.fold}
+        return {"settings": settings, "condition": one.condition, "classes": one.classes, "test": scores}
+
+    write_table(path, map(about, runs))
 
 
 def test_tables_are_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(study((0.8, 1.1)), tmp_path)
+    save(study((0.8, 1.1)), tmp_path / "scores.csv")
     output = tmp_path / "out.json"
-    arguments = ["--classify", str(tmp_path / "report.json"), "--output", str(output)]
+    arguments = ["--scores", str(tmp_path / "scores.csv"), "--output", str(output)]
     generators.main([*arguments, "--against", "oversampling", "--chart", str(tmp_path / "chart.png")])
     with Image.open(tmp_path / "chart.png") as chart:
         assert chart.format == "PNG" and chart.width > chart.height
@@ -148,3 +150,45 @@ def test_tables_are_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "| minus oversampling | benign-FTC | macro |" in told
     assert "| share of what further real images gain | benign-FTC | macro |" in told
     assert "ne generator" not in told
+
+
+def test_tables_are_taken_together_also_packed(tmp_path: Path) -> None:
+    runs = study((0.8, 1.1, 0.9))
+    save(runs, tmp_path / "whole.csv")
+    save(runs[:9], tmp_path / "one.csv")
+    save(runs[9:], tmp_path / "two.csv")
+    packed = tmp_path / "two.csv.xz"
+    packed.write_bytes(lzma.compress((tmp_path / "two.csv").read_bytes()))
+
+    def figures_of(*paths: Path) -> dict[str, Any]:
+        output = str(tmp_path / "out.json")
+        generators.main(["--scores", *map(str, paths), "--output", output, "--against", "oversampling"])
+        return read_json(output)
+
+    assert figures_of(tmp_path / "one.csv", packed) == figures_of(tmp_path / "whole.csv")
+    with pytest.raises(InputError, match=r"arm tiger_f_1, seed 0: more than one training; give each once"):
+        figures_of(tmp_path / "whole.csv", packed)
+    packed.write_bytes(b"no archive")
+    with pytest.raises(InputError, match=r"two\.csv\.xz: cannot be read as a table of scores"):
+        figures_of(tmp_path / "one.csv", packed)
+    with pytest.raises(InputError, match="--negative normal: .*whole.csv has benign, FTC"):
+        generators.main(["--scores", str(tmp_path / "whole.csv"), "--output", "x.json", "--negative", "normal"])
+
+
+def test_a_table_gives_back_the_runs(tmp_path: Path) -> None:
+    def part(names: str, classes: int) -> dict[str, Any]:
+        rows = [[round(1 / (i + 2 + c), 7) for c in range(classes)] for i in range(len(names))]
+        return {"file_name": [*names], "patient_id": ["01", "NA"], "label": ["benign", "MTC"], "probabilities": rows}
+
+    settings = {"task": "all", "seed": 3, "fold": None}
+    runs = [
+        {"condition": "tiger_f_0, 5 a class", "classes": ["benign", "FTC", "MTC"], "settings": settings}
+        | {"valid": part("ab", 3), "test": part("cd", 3)},
+        {"condition": "none", "classes": ["benign", "MTC"], "settings": {"task": "MTC", "seed": 0, "fold": 2}}
+        | {"test": part("cd", 2)},
+    ]
+    write_table(tmp_path / "scores.csv", runs)
+    assert read_table(tmp_path / "scores.csv") == runs
+    (tmp_path / "scores.csv").write_text("file_name,label\na,b\n")
+    with pytest.raises(InputError, match="not a table of scores as eval.classify writes them; it has file_name, label"):
+        read_table(tmp_path / "scores.csv")
