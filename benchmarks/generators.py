@@ -8,11 +8,12 @@
 The arms NAME_0, NAME_1, … of the tables, NAME a method of eval/arms.py, are taken together as NAME, drawn by that many
 generators. A figure is the mean over generators and classifier seeds. Its interval, and the test of a difference, are
 Student's t with three parts of variance: over patients (bootstrap), over classifier seeds, and over generators, of
-which three tell little. Differences are paired by patient and seed, and by number where both arms have generators,
-which share a coarse stage then. Of an arm that one generator drew the third part is not known and is left out: its
-interval and p do not cover the generator, are too small by that, and say so ("one generator"; `generators` in the JSON
-is the fewest that an arm of the figure had, 0 where none of them has any). Holm's correction is over the differences of
-a figure that are tested. Where further real images gain clearly over oversampling, an arm's share of that is given too.
+which three tell little. Differences are paired by patient and seed. Where both arms have several generators, they are
+also paired by number, as those of a number share a coarse stage, and are over the numbers that both have. Of an arm
+that one generator drew the third part is not known and is left out: its interval and p do not cover the generator, are
+too small by that, and say so ("one generator"; `generators` in the JSON is the fewest that an arm of the figure had, 0
+where none of them has any). Holm's correction is over the differences of a figure that are tested. Where further real
+images gain clearly over oversampling, an arm's share of that is given too.
 """
 
 import argparse
@@ -32,16 +33,18 @@ from eval.arms import UPPER, generator_of, title
 from eval.figures import Run
 from eval.html import bounds
 from eval.runs import is_synthetic, read_table
+from eval.study import ALL
 from eval.tables import write_png
 from tiger.errors import InputError, run
 from tiger.files import write_json
 
 Array = NDArray[np.float64]
+Arm = dict[int, Array]  # a generator's number, 0 where there is none, -> (seeds, 1 + resamples)
 BASELINE, NEGATIVE = "oversampling", "benign"
 
 
-def draw(runs: Sequence[Run], negative: str, resamples: int) -> dict[str, dict[str, Array]]:
-    """figure -> arm -> (generators, seeds, 1 + resamples): on the sample, then on each resample of its patients.
+def draw(runs: Sequence[Run], negative: str, resamples: int) -> dict[str, dict[str, Arm]]:
+    """figure -> arm -> its generators' (seeds, 1 + resamples): on the sample, then on each resample of its patients.
 
     Raises InputError where an arm lacks a training or has one twice, and on folds and nets of their own.
     """
@@ -54,17 +57,20 @@ def draw(runs: Sequence[Run], negative: str, resamples: int) -> dict[str, dict[s
         trained[method][place] = one
     seeds, patients = sorted({one.seed for one in runs}), runs[0].test.patients
     w = scoring.resample_weights(patients, resamples, np.random.default_rng(0))
-    found: defaultdict[str, dict[str, Array]] = defaultdict(dict)
+    found: defaultdict[str, dict[str, Arm]] = defaultdict(dict)
     for arm, of_arm in trained.items():
         numbers = sorted({number for number, _ in of_arm})
-        same = all(one.test.patients == patients and one.fold is None and one.task == "all" for one in of_arm.values())
-        if not same or set(of_arm) != set(itertools.product(numbers, seeds)):
+        if any(one.test.patients != patients for one in of_arm.values()):
+            raise InputError(f"arm {arm}: its test images are others than those of arm {runs[0].condition}")
+        if any(one.fold is not None or one.task != ALL for one in of_arm.values()):
             raise InputError(
-                f"arm {arm}: needs one training of all classes for each of generators {numbers}, seeds {seeds}"
+                f"arm {arm}: has folds, or nets of two classes; this is for one test split and all classes"
             )
+        if set(of_arm) != set(itertools.product(numbers, seeds)):
+            raise InputError(f"arm {arm}: needs a training for each of generators {numbers} and seeds {seeds}")
         cells = {place: aucs(one, negative, w) for place, one in of_arm.items()}
         for figure in cells[numbers[0], seeds[0]]:
-            found[figure][arm] = np.array([[cells[number, seed][figure] for seed in seeds] for number in numbers])
+            found[figure][arm] = {k: np.array([cells[k, seed][figure] for seed in seeds]) for k in numbers}
     return found
 
 
@@ -77,13 +83,14 @@ def aucs(one: Run, negative: str, w: Array) -> dict[str, Array]:
     return found | {"macro": scoring.multiclass_figures(one.test.y, one.test.p, one.classes, w)["macro_auc"]}
 
 
-def estimate(of: Callable[..., Array], *arms: Array) -> dict[str, float]:
-    """{value, low, high, p} of what `of` makes of arms, each (generators, seeds, 1 + resamples)."""
-    means = of(*(arm.mean((0, 1)) for arm in arms))
-    generators = max(len(arm) for arm in arms)
-    numbered = [arm if len(arm) > 1 else np.repeat(arm, generators, axis=0) for arm in arms]
+def estimate(of: Callable[..., Array], *arms: Arm) -> dict[str, float]:
+    """{value, low, high, p} of what `of` makes of arms."""
+    stacked = [np.stack([arm[k] for k in numbers]) for arm, numbers in zip(arms, paired(*arms), strict=True)]
+    means = of(*(arm.mean((0, 1)) for arm in stacked))
+    generators = max(len(arm) for arm in stacked)
+    numbered = [arm if len(arm) > 1 else np.repeat(arm, generators, axis=0) for arm in stacked]
     by_generator = of(*(arm[:, :, 0].mean(1) for arm in numbered))
-    by_seed = of(*(arm[:, :, 0].mean(0) for arm in arms))
+    by_seed = of(*(arm[:, :, 0].mean(0) for arm in stacked))
     parts = [
         (figures.bootstrap_variance(means), math.inf),
         figures.over_seeds(by_seed),
@@ -93,9 +100,23 @@ def estimate(of: Callable[..., Array], *arms: Array) -> dict[str, float]:
     return {"value": float(means[0]), "low": low, "high": high, "p": p}
 
 
-def fewest(arms: Mapping[str, Array], *names: str) -> int:
+def paired(*arms: Arm) -> list[list[int]]:
+    """The generators of each arm that a figure of them is over: those that all have, of arms that have several.
+
+    Raises InputError where there is none.
+    """
+    several = [set(arm) for arm in arms if len(arm) > 1]
+    shared = sorted(set.intersection(*several)) if several else []
+    if several and not shared:
+        numbers = " and ".join(str(sorted(of)) for of in several)
+        raise InputError(f"generators {numbers} are of arms to compare, and have no number in common; leave one out")
+    return [shared if len(arm) > 1 else list(arm) for arm in arms]
+
+
+def fewest(arms: Mapping[str, Arm], *names: str) -> int:
     """Generators of the arm of synthetic images that has fewest, 0 where none of these is one."""
-    return min((len(arms[name]) for name in names if is_synthetic(name)), default=0)
+    counts = map(len, paired(*(arms[name] for name in names)))
+    return min((count for count, name in zip(counts, names, strict=True) if is_synthetic(name)), default=0)
 
 
 def pairs_of(tested: Sequence[str], against: Sequence[str]) -> list[tuple[str, str]]:
@@ -110,7 +131,7 @@ def pairs_of(tested: Sequence[str], against: Sequence[str]) -> list[tuple[str, s
 
 
 def summarise(
-    drawn: Mapping[str, Mapping[str, Array]], against: Sequence[str], tested: Sequence[str] | None = None
+    drawn: Mapping[str, Mapping[str, Arm]], against: Sequence[str], tested: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """{arms: arm -> figures, differences: [of each arm to each of `against`], shares: arm -> figures}
 
@@ -121,7 +142,7 @@ def summarise(
     report: dict[str, Any] = {"arms": {name: {} for name in names}, "differences": [], "shares": {}}
     for figure, arms in drawn.items():
         for name, arm in arms.items():
-            counts = {"generators": fewest(arms, name), "seeds": arm.shape[1]}
+            counts = {"generators": fewest(arms, name), "seeds": len(next(iter(arm.values())))}
             report["arms"][name][figure] = estimate(lambda a: a, arm) | counts
         pairs = pairs_of(tested, against)
         family = [estimate(np.subtract, arms[a], arms[b]) for a, b in pairs]
@@ -163,6 +184,8 @@ def table(report: Mapping[str, Any], against: Sequence[str]) -> str:
     lines += rows("share of what further real images gain", report["shares"])
     if any(of[shown[0]]["generators"] == 1 for of in report["arms"].values()):
         lines.append("One generator: intervals and p do not cover how generators differ, and are too small by that.")
+    if any(of[shown[0]]["seeds"] == 1 for of in report["arms"].values()):
+        lines.append("One seed: intervals and p do not cover how trainings differ, and are too small by that.")
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ both on what `python -m data.prepare subsample` leaves.
 import argparse
 import functools
 import json
+import math
 import shlex
 import sys
 from collections import defaultdict
@@ -154,6 +155,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise InputError(f"--amounts {args.amounts}: must be 1 or more images a class; the arm oversampling has none")
     if args.folds is not None and args.folds < 1:
         raise InputError(f"--folds {args.folds}: must be 1 or more; leave it out to use the splits")
+    least = {"image_size": 32, "max_train_steps": 1, "train_batch_size": 1, "realism_steps": 1, "resamples": 2}
+    for name, fewest in least.items():
+        if (value := getattr(args, name)) is not None and value < fewest:
+            raise InputError(f"--{name} {value}: must be {fewest} or more")
+    if not 0 < args.learning_rate < math.inf:
+        raise InputError(f"--learning_rate {args.learning_rate}: must be a number above 0")
+    if min(args.seeds, default=0) < 0:
+        raise InputError(f"--seeds {args.seeds}: must be 0 or more")
     if not (args.seeds and args.real_share):
         raise InputError("--seeds and --real_share: give at least one value each")
     return args
@@ -301,13 +310,17 @@ def report_of(
     summary = figures.summarise(found, args.negative, args.resamples)
     for condition, entry in summary["arms"].items():
         entry |= checked.kept[condition]
-    drawn_from = "the patients of the test split and over training seeds"
+    interval = f"95 %, {args.resamples} bootstrap resamples of the patients of the test split"
+    if len(args.seeds) > 1:
+        interval += "; their variance and that over training seeds, by Student's t"
+    youden = "Youden's index on valid (0.5 for a task of which valid lacks a class)"
     return {
         "settings": settings | {"resamples": args.resamples, "tasks": args.tasks},
-        "interval": f"95 %, bootstrap over {drawn_from}, {args.resamples} resamples",
+        "interval": interval,
         "selection": "valid macro AUC" if data.valid is not None else "last step: there is no split 'valid'",
-        "threshold": "Youden's index on valid" if data.valid is not None else "0.5: there is no split 'valid'",
-        "hosmer_lemeshow": f"chi2 and p are medians over trainings (seeds and folds); {figures.GROUPS} groups by rank",
+        "threshold": youden if data.valid is not None else "0.5: there is no split 'valid'",
+        "hosmer_lemeshow": f"one image of each patient, {figures.GROUPS} groups by rank; chi2 and p are medians over "
+        f"{figures.CHOICES} choices of the image and over trainings (seeds and folds)",
         "unchecked": checked.unchecked,
         "n": checked.n,
         "patients_test": len(patients),

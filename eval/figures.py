@@ -1,9 +1,9 @@
 """Saved scores -> every figure with its interval, and tests between conditions. Nothing here trains or sees an image.
 
 A figure is the mean over training seeds, and over folds. Its interval is a bootstrap over whole patients, within each
-fold, and over the seeds. Differences are paired; theirs is Student's t, with the variance over patients and that over
-seeds, of which a few seeds tell little. Thresholds are those of Youden's index on `valid`, one a training (0.5 where
-there is no valid).
+fold; of several seeds Student's t, with the variance over patients and that over seeds, of which a few seeds tell
+little. Differences are paired and have the latter. Thresholds are those of Youden's index on `valid`, one a training
+(0.5 where a class is missing there).
 """
 
 import itertools
@@ -28,7 +28,7 @@ from tiger.files import read_json
 from tiger.manifest import SPLITS
 
 Array = NDArray[np.float64]
-GROUPS = 10  # of Hosmer and Lemeshow
+GROUPS, CHOICES = 10, 25  # of Hosmer and Lemeshow; of one image of each patient
 DELONG, BOOTSTRAP = "DeLong, clustered by patient", "bootstrap over patients"
 
 
@@ -57,12 +57,15 @@ class Run:
 
 
 def read_run(saved: Mapping[str, Any]) -> Run:
-    """What a file of `eval.runs` holds."""
+    """What a file of `eval.runs` holds. Raises InputError where a probability is no number."""
 
     def part(name: str) -> Scores | None:
         if name not in saved:
             return None
         rows = saved[name]
+        if not np.isfinite(np.array(rows["probabilities"], float)).all():
+            what = f"the scores of {saved['condition']}, seed {saved['settings']['seed']}, on {name}"
+            raise InputError(f"{what}: probabilities that are no numbers; that training failed, make it anew")
         y = np.array([saved["classes"].index(label) for label in rows["label"]], np.int64)
         return Scores(y, np.array(rows["probabilities"], float), rows["patient_id"], rows["file_name"])
 
@@ -119,17 +122,13 @@ class Drawn:
     """Every figure of one condition."""
 
     runs: list[Run]
-    values: dict[str, Array]  # figure -> (1 + resamples,): on the sample, then on resamples of patients and seeds
-    of_patients: dict[str, Array]  # the same, on resamples of patients
+    values: dict[str, Array]  # figure -> (1 + resamples,): on the sample, then on resamples of patients
     per_seed: dict[str, Array]  # figure -> (seeds,): on the sample
 
 
 def draw(runs: Sequence[Run], negative: str, resamples: int) -> dict[str, Drawn]:
     """condition -> its figures on the sample and on each resample, of which a fold is left out if it lacks a class."""
     seeds = sorted({run.seed for run in runs})
-    rng = np.random.default_rng(0)
-    drawn = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), size=resamples)
-    of_seed = np.concatenate([np.ones((1, len(seeds))), drawn]) / len(seeds)  # (1 + resamples, seeds) weights
 
     @cache
     def weights(split: str, fold: int, patients: tuple[str, ...]) -> Array:
@@ -145,26 +144,31 @@ def draw(runs: Sequence[Run], negative: str, resamples: int) -> dict[str, Drawn]
             valid_w = weights("valid", run.fold or 0, tuple(run.valid.patients)) if run.valid is not None else None
             for name, values in figures_of(run, negative, test_w, valid_w).items():
                 figures.setdefault(name, []).append((seeds.index(run.seed), values))
-        found[condition] = Drawn(mine, {}, {}, {})
+        found[condition] = Drawn(mine, {}, {})
         for name, parts in figures.items():
             places, table = np.array([place for place, _ in parts]), np.stack([values for _, values in parts])
-            found[condition].values[name] = weighted_mean(table, of_seed.T[places])
-            found[condition].of_patients[name] = weighted_mean(table, np.ones_like(table))
+            found[condition].values[name] = mean_there(table)
             found[condition].per_seed[name] = np.array([table[places == k, 0].mean() for k in range(len(seeds))])
     return found
 
 
-def weighted_mean(values: Array, weights: Array) -> Array:
+def mean_there(values: Array) -> Array:
     """(R,) of (N, R) values, of those that are there; nan where there are none."""
-    there = np.isfinite(values) * weights
+    there = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return (np.nan_to_num(values) * there).sum(0) / there.sum(0)
 
 
-def estimate(values: Array) -> dict[str, float]:
-    """{value, low, high} of the value and what it was on each resample."""
-    low, high = statistics.percentile_interval(values[1:])
-    return {"value": float(values[0]), "low": low, "high": high}
+def estimate(name: str, values: Array, per_seed: Array) -> dict[str, float]:
+    """{value, low, high} of a figure; values: on the sample, then on resamples of patients; per_seed: on the sample."""
+    value, by_seed = float(values[0]), per_seed[np.isfinite(per_seed)]
+    if len(by_seed) < 2:
+        low, high = statistics.percentile_interval(values[1:])
+    else:
+        low, high, _ = statistics.t_interval(value, [(bootstrap_variance(values), math.inf), over_seeds(by_seed)])
+    least = -1 if name.split()[0] in ("mcc", "kappa") else 0
+    most = 2 if name == "brier" else 1  # that of several classes is a sum
+    return {"value": value, "low": float(np.clip(low, least, most)), "high": float(np.clip(high, least, most))}
 
 
 def of_condition(drawn: Drawn, negative: str) -> dict[str, Any]:
@@ -182,7 +186,7 @@ def of_condition(drawn: Drawn, negative: str) -> dict[str, Any]:
     if any("share" in run.notes for run in runs):
         entry["shares"] = [run.notes["share"] for run in runs]
     for name, values in drawn.values.items():
-        entry[name] = estimate(values) | {"per_seed": drawn.per_seed[name].tolist()}
+        entry[name] = estimate(name, values, drawn.per_seed[name]) | {"per_seed": drawn.per_seed[name].tolist()}
     for task in tasks_of(runs, negative):
         value, variance = mean_auc(runs, negative, task)
         low, high, _ = statistics.t_interval(value, [(variance, math.inf), over_seeds(drawn.per_seed[f"auc {task}"])])
@@ -201,11 +205,20 @@ def tasks_of(runs: Iterable[Run], negative: str) -> list[str]:
 
 
 def hosmer_lemeshow(run: Run, negative: str, task: str) -> tuple[float, float]:
-    """(chi2, p) on the test split, nan of fewer images than groups; p is kept off 0 and 1, where it is infinite."""
-    y, p, _ = pair_scores(run.test, *pairs(run, negative)[task])
-    if len(y) < GROUPS:
+    """(chi2, p) on the test split of one image of each patient, as the test takes cases to be independent: medians over
+    CHOICES random choices of the image. nan of fewer patients than groups.
+
+    p are kept off 0 and 1, where chi2 is infinite.
+    """
+    y, p, rows = pair_scores(run.test, *pairs(run, negative)[task])
+    images = statistics.group_members([run.test.patients[i] for i in rows])
+    if len(images) < GROUPS:
         return math.nan, math.nan
-    return statistics.hosmer_lemeshow(y, np.clip(p, 1e-6, 1 - 1e-6), GROUPS, fitted=False)
+    p, rng, found = np.clip(p, 1e-6, 1 - 1e-6), np.random.default_rng(0), []
+    for _ in range(CHOICES if len(images) < len(y) else 1):
+        chosen = [of_patient[rng.integers(len(of_patient))] for of_patient in images]
+        found.append(statistics.hosmer_lemeshow(y[chosen], p[chosen], GROUPS, fitted=False))
+    return float(np.median([chi2 for chi2, _ in found])), float(np.median([p for _, p in found]))
 
 
 # -------------------------------------------------------------------------------------------------------------- tests
@@ -269,7 +282,7 @@ def comparisons(conditions: Mapping[str, Drawn], negative: str) -> list[dict[str
             if figure in of_tasks:
                 test, variance = DELONG, delong_variance(first, second, negative, of_tasks[figure])
             else:
-                values = first.of_patients[figure] - second.of_patients[figure]
+                values = first.values[figure] - second.values[figure]
                 test, variance = BOOTSTRAP, bootstrap_variance(values)
             by_seed = first.per_seed[figure] - second.per_seed[figure]
             value = float(by_seed.mean())

@@ -9,10 +9,11 @@ scores/tiger_f-seed0.json
 
 import csv
 import lzma
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 from torch import nn
@@ -90,7 +91,7 @@ def refuse_changes(study: Study, trials: Iterable[Trial], data: Data) -> dict[Tr
     for trial, of_trial in settings.items():
         path = study.path(trial)
         old = read_json(path)["settings"] if path.is_file() else of_trial
-        named = [(name, old.get(name), value) for name, value in of_trial.items()]
+        named = [(name, old.get(name), of_trial.get(name)) for name in of_trial | old]
         changed = [f"{name} was {was}, is {value}" for name, was, value in named if was != value]
         if changed:
             raise InputError(
@@ -173,25 +174,46 @@ def write_table(path: Path, found: Iterable[dict[str, Any]]) -> None:
 def read_table(path: str | Path) -> list[dict[str, Any]]:
     """The runs of a table of `write_table`, plain or packed (.gz, .xz), as their files have them but for the notes.
 
-    Raises InputError where it is no such table.
+    Raises InputError where it is no such table, names the place where it can, and where an image is in a run twice.
     """
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
+    except (OSError, ValueError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read as a table of scores: {error}") from error
     columns = [name for name in table if name.startswith("p_")]
-    if not (set(HEAD) <= set(table) and columns):
-        raise InputError(f"{path}: not a table of scores as eval.classify writes them; it has {', '.join(table)}")
-    found, by_run = [], cast(Any, table.groupby([*HEAD[:4]], sort=False))
-    for (condition, task, seed, fold), rows in by_run:
-        known = [name for name in columns if rows[name].iloc[0]]
-        one: dict[str, Any] = {"condition": condition, "classes": [name.removeprefix("p_") for name in known]}
-        one["settings"] = {"task": task, "seed": int(seed), "fold": int(fold) if fold else None}
-        for split, of in rows.groupby("split", sort=False):
-            one[split] = {name: of[name].tolist() for name in ("file_name", "patient_id", "label")}
-            one[split]["probabilities"] = of[known].astype(float).to_numpy().tolist()
-        found.append(one)
+    if not (set(HEAD) <= set(table) and columns and len(table)):
+        found = f"{len(table)} rows of {', '.join(table)}"
+        raise InputError(f"{path}: not a table of scores as eval.classify writes them; it has {found}")
+    by_run: Any = table.groupby([*HEAD[:4]], sort=False)
+    found = []
+    for place, rows in by_run:
+        try:
+            found.append(_run_of(place, rows, columns))
+        except ValueError as error:
+            run = ", ".join(f"{name} {value}" for name, value in zip(HEAD, place, strict=False) if value)
+            raise InputError(f"{path}: {run}: {error}") from error
     return found
+
+
+def _run_of(place: tuple[str, str, str, str], rows: Any, columns: list[str]) -> dict[str, Any]:
+    """One run of a table; raises ValueError where its rows are not those of a run."""
+    condition, task, seed, fold = place
+    known = [name for name in columns if (rows[name] != "").any()]
+    classes = [name.removeprefix("p_") for name in known]
+    where = {"task": task, "seed": int(seed), "fold": int(fold) if fold else None}
+    one: dict[str, Any] = {"condition": condition, "classes": classes, "settings": where}
+    if strange := set(rows["label"]) - set(classes):
+        raise ValueError(f"rows of class {', '.join(sorted(strange))}, and no probabilities of it")
+    for split, of in rows.groupby("split", sort=False):
+        if split not in ("valid", "test"):
+            raise ValueError(f"rows of split '{split}'; scores are of valid and test")
+        if (again := of["file_name"][of["file_name"].duplicated()]).any():
+            raise ValueError(f"{again.iloc[0]} is there more than once in {split}")
+        one[split] = {name: of[name].tolist() for name in ("file_name", "patient_id", "label")}
+        one[split]["probabilities"] = of[known].astype(float).to_numpy().tolist()
+    if "test" not in one:
+        raise ValueError("no rows of split 'test'")
+    return one
 
 
 def parse_shard(text: str) -> tuple[int, int]:

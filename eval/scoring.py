@@ -23,6 +23,8 @@ def resample_weights(groups: Sequence[str], resamples: int, rng: np.random.Gener
 
 def _by_threshold(y: NDArray[np.bool_], s: Array, w: Array) -> tuple[Array, Array]:
     """(R, T) weights of positives and of negatives at each of the T distinct scores, the highest first."""
+    if not len(s):
+        return np.zeros((len(w), 1)), np.zeros((len(w), 1))
     order = np.argsort(-s, kind="stable")
     starts = np.flatnonzero(np.append(True, np.diff(s[order]) != 0))
     positives, negatives = (np.add.reduceat(w[:, order] * of[order], starts, axis=1) for of in (y, ~y))

@@ -9,6 +9,7 @@ from scipy import stats
 
 from eval import figures, scoring, statistics
 from eval.figures import Run, Scores
+from tiger.errors import InputError
 
 
 def test_a_figure_is_the_mean_over_seeds_and_folds() -> None:
@@ -108,6 +109,10 @@ def test_calibration_on_held_out_images_has_all_degrees_of_freedom() -> None:
     run = make_run("none", 1.0)
     chi2, p = figures.hosmer_lemeshow(run, "benign", "benign vs FTC")
     assert p == pytest.approx(stats.chi2.sf(chi2, 10))
+    twice = {name: [*getattr(run.test, name)] * 2 for name in ("patients", "file_names")}
+    doubled = replace(run, test=Scores(np.tile(run.test.y, 2), np.tile(run.test.p, (2, 1)), **twice))
+    assert figures.hosmer_lemeshow(doubled, "benign", "benign vs FTC") == pytest.approx((chi2, p))  # a second copy of
+    # each image, of the same patient, tells nothing new
     few = replace(run, test=Scores(run.test.y[56:64], run.test.p[56:64], list("abcdefgh"), list("abcdefgh")))
     assert np.isnan(figures.hosmer_lemeshow(few, "benign", "benign vs FTC")).all()  # eight images, ten groups
 
@@ -139,3 +144,22 @@ def test_resamples_are_the_same_for_every_condition() -> None:
     assert (entry["value"], entry["low"], entry["high"], entry["p"]) == (0, 0, 0, 1)
     w = scoring.resample_weights(a.test.patients, 5, np.random.default_rng(0))
     assert w.shape == (6, 120)
+
+
+def test_an_interval_over_three_seeds_holds_as_often_as_it_says() -> None:
+    """Where seeds alone vary: resampling three of them would cover 73 %."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        by_seed = 0.7 + 0.02 * rng.standard_normal(3)
+        entry = figures.estimate("macro_auc", np.full(50, by_seed.mean()), by_seed)
+        hits += entry["low"] < 0.7 < entry["high"]
+    assert 0.92 < hits / 400 < 0.98
+    assert figures.estimate("brier", np.array([0.01, 0.3, 0.2, 0.0]), np.array([0.0, 0.02]))["low"] == 0
+    assert figures.estimate("mcc benign vs FTC", np.array([0.01, 0.3, 0.2, 0.0]), np.array([0.0, 0.02]))["low"] < 0
+
+
+def test_scores_that_are_no_numbers_are_refused() -> None:
+    part = {"file_name": ["a"], "patient_id": ["p"], "label": ["b"], "probabilities": [[float("nan"), 0.5]]}
+    saved = {"condition": "none", "classes": ["a", "b"], "settings": {"task": "all", "seed": 3, "fold": None}}
+    with pytest.raises(InputError, match="the scores of none, seed 3, on test: probabilities that are no numbers"):
+        figures.read_run(saved | {"test": part})

@@ -113,7 +113,7 @@ def test_an_arm_of_one_generator_is_called_that(tmp_path: Path, capsys: pytest.C
 
 def test_a_missing_training_and_an_unknown_arm_are_refused(tmp_path: Path) -> None:
     runs = study((0.8, 1.1))
-    with pytest.raises(InputError, match=r"arm tiger_f: needs one training .* generators \[0, 1\], seeds \[0, 1, 2\]"):
+    with pytest.raises(InputError, match=r"arm tiger_f: needs a training .* generators \[0, 1\] and seeds \[0, 1, 2\]"):
         generators.draw(runs[:-1], "benign", 10)
     arguments = ["--scores", str(tmp_path / "scores.csv"), "--output", str(tmp_path / "out.json")]
     save(runs, tmp_path / "scores.csv")
@@ -190,5 +190,58 @@ def test_a_table_gives_back_the_runs(tmp_path: Path) -> None:
     write_table(tmp_path / "scores.csv", runs)
     assert read_table(tmp_path / "scores.csv") == runs
     (tmp_path / "scores.csv").write_text("file_name,label\na,b\n")
-    with pytest.raises(InputError, match="not a table of scores as eval.classify writes them; it has file_name, label"):
+    with pytest.raises(InputError, match="not a table of scores .*; it has 1 rows of file_name, label"):
         read_table(tmp_path / "scores.csv")
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "told"),
+    [
+        (",0,,test,", ",zero,,test,", "invalid literal for int"),
+        (",0,,test,", ",0,,Test,", "rows of split 'Test'"),
+        (",0,,test,", ",0,,valid,", "no rows of split 'test'"),
+        ("benign,0.25", "benign,", "could not convert string to float"),
+        ("FTC,0.5", "MTC,0.5", "rows of class MTC, and no probabilities of it"),
+        ("b.png", "a.png", "a.png is there more than once in test"),
+    ],
+)
+def test_a_table_that_is_not_one_is_refused_by_its_run(tmp_path: Path, was: str, becomes: str, told: str) -> None:
+    lines = ["arm,task,seed,fold,split,file_name,patient_id,label,p_benign,p_FTC"]
+    lines += ["none,all,0,,test,a.png,A,benign,0.25,0.75", "none,all,0,,test,b.png,B,FTC,0.5,0.5"]
+    path = tmp_path / "scores.csv"
+    path.write_text("\n".join(lines))
+    assert read_table(path)[0]["test"]["probabilities"] == [[0.25, 0.75], [0.5, 0.5]]
+    path.write_text("\n".join(lines).replace(was, becomes))
+    with pytest.raises(InputError, match=f"scores.csv: arm none, task all.*{told}"):
+        read_table(path)
+
+
+def test_generators_are_paired_by_number() -> None:
+    """An arm of fewer is set against the same ones; one of others is not set against at all."""
+    runs = study((0.5, 1.0, 1.5))
+    two = [make_run(f"coarse_{k}", gain, seed, noise=seed) for seed in range(3) for k, gain in ((1, 0.9), (2, 1.4))]
+    drawn = generators.draw([*runs, *two], "benign", 100)
+    found = {
+        (one["arm"], one["against"]): one
+        for one in generators.summarise(drawn, ["coarse"])["differences"]
+        if one["figure"] == "macro"
+    }
+    tiger, coarse = (
+        [np.mean([drawn["macro"][arm][k][:, 0].mean() for k in (1, 2)]) for arm in ("tiger_f", "coarse")]
+    )  # fmt: skip
+    entry = found["tiger_f", "coarse"]
+    assert entry["value"] == pytest.approx(tiger - coarse) and entry["generators"] == 2
+    others = [make_run(f"coarse_{k}", 0.9, seed) for seed in range(3) for k in (7, 8)]
+    with pytest.raises(InputError, match=r"generators .*\[7, 8\].* have no number in common"):
+        generators.summarise(generators.draw([*runs, *others], "benign", 10), ["coarse"])
+
+
+def test_one_seed_and_other_test_images_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(study((0.8, 1.1), seeds=1), tmp_path / "scores.csv")
+    arguments = ["--scores", str(tmp_path / "scores.csv"), "--against", "oversampling", "--resamples", "20"]
+    generators.main([*arguments, "--output", str(tmp_path / "out.json")])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("One seed: intervals and p do not cover")
+    other = make_run("basic", 0.9, 0)
+    other.test.patients[0] = "another"
+    with pytest.raises(InputError, match="arm basic: its test images are others than those of arm oversampling"):
+        generators.draw([*study((0.8,), seeds=1), other], "benign", 10)
