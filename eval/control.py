@@ -77,7 +77,8 @@ def mean(these: Judged, weights: dict[str, float] | None = None) -> dict[str, fl
 
     The figures are nan where there is no value, as when no image of a class has a category's term.
     """
-    if not len(these.values):
+    kept = these if weights is None else these.where(np.isin(these.labels, list(weights)))
+    if not len(kept.values):
         return {"n": 0} | dict.fromkeys(("value", "low", "high"), math.nan)
 
     def metric(labels: np.ndarray, values: np.ndarray) -> float:
@@ -88,7 +89,6 @@ def mean(these: Judged, weights: dict[str, float] | None = None) -> dict[str, fl
             raise ValueError("a resample without one of the classes")
         return float(sum(share * values[labels == label].mean() for label, share in weights.items()))
 
-    kept = these if weights is None else these.where(np.isin(these.labels, list(weights)))
     value, low, high = statistics.cluster_bootstrap_ci(metric, kept.labels, kept.values, kept.groups, RESAMPLES, 0)
     return {"n": len(kept.values), "value": value, "low": low, "high": high}
 
@@ -102,9 +102,12 @@ def shuffled(count: int) -> np.ndarray:
 
 
 def compare(generated: Judged, floor: Judged, real: Judged) -> dict[str, Any]:
-    """The generated mean between floor and ceiling, overall and per class, and its ratio to the ceiling."""
-    share = Counter(generated.labels.tolist())
-    common = {label: n for label, n in share.items() if label in set(real.labels.tolist())}
+    """The generated mean between floor and ceiling, overall and per class, and its ratio to the ceiling.
+
+    Of the classes that there are real images of: those of others have nothing to be set against.
+    """
+    generated, floor = (part.where(np.isin(part.labels, real.labels)) for part in (generated, floor))
+    common = Counter(generated.labels.tolist())
     weights = {label: n / sum(common.values()) for label, n in common.items()}
     result: dict[str, Any] = {"generated": mean(generated), "ceiling": mean(real, weights), "floor": mean(floor)}
     result["ratio_to_ceiling"] = ratio(result["generated"], result["ceiling"])
@@ -119,7 +122,7 @@ def compare(generated: Judged, floor: Judged, real: Judged) -> dict[str, Any]:
 
 def ratio(ours: dict[str, float], ceiling: dict[str, float]) -> float | None:
     """How much of the ceiling is reached; None where the ceiling is nothing."""
-    return ours["value"] / ceiling["value"] if ceiling["value"] else None
+    return ours["value"] / ceiling["value"] if ceiling["value"] and ceiling["n"] else None
 
 
 def mask_control(net: Segmenter, fake: Manifest, real: Manifest, patient_of: Mapping[str, str]) -> dict[str, Any]:

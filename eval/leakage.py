@@ -55,15 +55,16 @@ def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | 
     hash_of = functools.cache(lambda name: _hash_if_there(real.root / name))  # for all stages of all generators
     unchecked = [text for fake in fakes for text in unknown_makers(real, fake)]
     for folder, noted in dict.fromkeys(maker for fake in fakes for maker in generators(fake)):
-        stages = list(trainings(folder, noted))
-        problems.append(trained_on(real, folder, stages, hash_of))
-        unchecked += [stage.unknown for stage in stages if stage.unknown]
+        for stage in trainings(folder, noted):
+            seen = seen_rows(real, stage, hash_of)
+            problems.append(trained_on(real, folder, seen))
+            unchecked += [text for text in (stage.unknown, unmatched(real, folder, stage, seen)) if text]
     if extra is not None:
         patients = {row.patient_id for row in held_out(real)} - {None}
         problems.append(_problem(extra, "synthetic rows", (row for row in extra.rows if row.synthetic)))
         shared = (row for row in extra.rows if row.patient_id in patients)
         problems.append(_problem(extra, f"patients who are in valid or test of {real.path}", shared))
-    found = [problem for problem in problems if problem]
+    found = list(dict.fromkeys(problem for problem in problems if problem))
     if found:
         raise InputError("; ".join(found))
     unchecked = list(dict.fromkeys(unchecked))
@@ -164,20 +165,34 @@ def seen_rows(real: Manifest, training: Training, hash_of: Callable[[str], str])
     return seen + [row for row in real.rows if _digest(load_native(real, row)) in pixels]
 
 
-def trained_on(
-    real: Manifest, generator: Path, stages: Iterable[Training], hash_of: Callable[[str], str]
-) -> str | None:
-    """What is wrong where a generator has seen a held-out image, its patient, or a copy of it elsewhere.
+def trained_on(real: Manifest, generator: Path, seen: Iterable[Row]) -> str | None:
+    """What is wrong where a generator has seen a held-out image, its patient, or a copy of it elsewhere."""
+    names, patients = ({getattr(row, name) for row in seen} - {None} for name in ("file_name", "patient_id"))
+    found = [row for row in held_out(real) if row.file_name in names or row.patient_id in patients]
+    return _problem(real, f"the generator {generator} was trained on patients of valid or test", found)
 
-    hash_of: name of a file of `real` -> its content_hash.
-    """
-    for training in stages:
-        seen = seen_rows(real, training, hash_of)
-        names, patients = {row.file_name for row in seen}, {row.patient_id for row in seen} - {None}
-        found = [row for row in held_out(real) if row.file_name in names or row.patient_id in patients]
-        if found:
-            return _problem(real, f"the generator {generator} was trained on patients of valid or test", found)
-    return None
+
+def unmatched(real: Manifest, generator: Path, training: Training, seen: Sequence[Row]) -> str | None:
+    """What files and pixels cannot tell: other pictures of the same patients, or a data set that is gone."""
+    rows = training.rows
+    if rows is None:
+        text = f"{len(training.files)} images, none of which is among {real.path}, and its data set is not here"
+        return f"{generator} was trained on {text}: not checked" if training.files and not seen else None
+    patients = {row.patient_id for row in held_out(real)} - {None}
+    shared = sorted({str(row.patient_id) for row in rows.rows if row.patient_id in patients})
+    if not shared or rows.root.resolve() == real.root.resolve():
+        return None
+    return (
+        f"{generator} was trained on {rows.path}, which names {len(shared)} patients as valid or test of {real.path} "
+        f"does ({name_rows(shared)}): where they are the same, it has seen held-out patients"
+    )
+
+
+def rows_seen(real: Manifest, fake: Manifest) -> set[str]:
+    """Names of the real rows that the generators of synthetic ones are known to have been trained on."""
+    hash_of = functools.cache(lambda name: _hash_if_there(real.root / name))
+    stages = (stage for folder, noted in generators(fake) for stage in trainings(folder, noted))
+    return {row.file_name for stage in stages for row in seen_rows(real, stage, hash_of)}
 
 
 def refuse_copies(

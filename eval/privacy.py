@@ -13,7 +13,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from eval import charts, page, statistics
 from eval.features import features_of, load_extractor
 from eval.images import add_knowledge, group_of, load_native, patients_of, read_split
-from eval.leakage import held_out, refuse_leakage
+from eval.leakage import held_out, refuse_leakage, rows_seen
 from eval.metrics import Features, nearest
 from eval.quality import add_extractor
 from eval.similarity import phash, ssim
@@ -231,10 +231,13 @@ def closest(train: Manifest, fake: Manifest, seen: Seen) -> list[dict[str, Any]]
     pairs = []
     for i in np.argsort(seen.distance, kind="stable")[:PAIRS]:
         one, other = fake.rows[i], train.rows[seen.nearest[i]]
-        image = load_native(fake, one)
+        size = load_native(fake, one).shape[0]
         pair = {"synthetic": one.file_name, "training": other.file_name, "labels": [one.label, other.label]}
         pair |= {"distance": float(seen.distance[i]), "authentic": bool(seen.authentic[i])}
-        pair |= {"ssim": ssim(image, read_gray(train.file(other, "file_name"), image.shape[0]))}
+        ours, theirs = (
+            read_gray(rows.file(row, "file_name"), size) for rows, row in ((fake, one), (train, other))
+        )  # at one size, and square, whatever they are
+        pair |= {"ssim": ssim(ours, theirs)}
         pairs.append(pair | {"made_after_it": other.file_name in one.derived_from})
     return pairs
 
@@ -253,6 +256,7 @@ SHARES = {
 def html(report: dict[str, Any], train: Manifest, fake: Manifest) -> str:
     """One page without scripts: the figures, and each of the closest pairs."""
     n, copying, leak = report["n"], report["c_t"], report["membership_auc"]
+    unseen = f" ({n['unseen']} others, which the generator has not seen, are left out)" if n["unseen"] else ""
     shares = [[title, *(page.cell(report[name][side]) for side in report[name])] for name, title in SHARES.items()]
     tests = [
         [
@@ -291,7 +295,7 @@ def html(report: dict[str, Any], train: Manifest, fake: Manifest) -> str:
 <header>
 <h1>Are training images given away?</h1>
 <p class="soft">Features of {page.escape(report["extractor"])}. {n["each"]} synthetic images beside as many held-out
-real ones, equally many of each class; {n["train"]} training images. A hint, not a proof.</p>
+real ones, equally many of each class; {n["train"]} training images{unseen}. A hint, not a proof.</p>
 </header>
 {figures}
 {pairs}
@@ -334,12 +338,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def seen_alone(train: Manifest, fake: Manifest) -> tuple[Manifest, int]:
+    """The training images that the generator is known to have seen, and how many others there are: they are no members.
+
+    All of them where nothing is known of it.
+    """
+    seen = rows_seen(train, fake)
+    members = tuple(row for row in train.rows if row.file_name in seen)
+    if not members:
+        return train, 0
+    return replace(train, rows=members), len(train.rows) - len(members)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = _parser().parse_args(argv)
     real = read_split(args.real, None, synthetic=False, knowledge=args.knowledge)
     fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
     train, held = real.select(split="train"), Manifest(real.path, tuple(held_out(real)))
+    train, unseen = seen_alone(train, fake)
     if len(train.rows) < 2 or not held.rows:
         raise InputError(
             f"{real.path}: {len(train.rows)} training and {len(held.rows)} held-out images (valid, test); needed are 2 "
@@ -363,6 +380,7 @@ def main(argv: list[str] | None = None) -> None:
         "unchecked": unchecked,
         **measure(train, held, fake, features, args.seed),
     }
+    report["n"] |= {"unseen": unseen}
     write_json(args.output, report)
     with atomic_path(Path(args.output).with_suffix(".html")) as temporary:
         temporary.write_text(html(report, train, fake), encoding="utf-8")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tiger.errors import WorkFailed
+
 
 def device() -> torch.device:
     """The GPU when there is one."""
@@ -37,6 +39,7 @@ def fit(
         learning_rate: peak of the schedule: linear warm-up over the first 5 % of the steps, then cosine to 0.
         validate: called with the step every `validation_steps` and after the last; its values are shown on the bar.
         bf16: the loss under autocast to bfloat16, for GPUs; weights and optimizer stay float32.
+    Raises WorkFailed where the loss is no number.
     """
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
@@ -59,6 +62,10 @@ def fit(
                 net.train()
             if step % 10 == 0 or step == steps:
                 shown["loss"] = value.item()
+                if not math.isfinite(shown["loss"]):  # once it is, it stays so
+                    raise WorkFailed(
+                        f"{description}: the loss is {shown['loss']} at step {step}; lower the learning rate"
+                    )
                 bar.set_postfix({name: f"{number:.3f}" for name, number in shown.items()}, refresh=False)
             bar.update()
     net.eval()

@@ -18,7 +18,7 @@ from eval.images import load_images, source_patients
 from eval.runs import SHARES
 from eval.study import Data, Held, Sources, Trial, classes_of, kept, load
 from tiger import manifest, pretrain
-from tiger.errors import InputError, run
+from tiger.errors import InputError, WorkFailed, run
 from tiger.files import read_json, write_json
 from tiger.manifest import Row
 from tiger.output import model_fingerprint
@@ -360,6 +360,17 @@ def test_a_classifier_learns_and_keeps_its_best_state(folders: dict[str, Path]) 
     assert classifier.macro_auc(y["test"], classifier.predict(net, images["test"])) == notes["valid_macro_auc"] > 0.75
 
 
+def test_a_loss_that_is_no_number_ends_the_training() -> None:
+    net = torch.nn.Linear(1, 1)
+
+    def loss(rows: np.ndarray, generator: torch.Generator) -> torch.Tensor:
+        return net(torch.full((1, 1), torch.inf)).sum()
+
+    options = {"steps": 30, "learning_rate": 1e-2, "seed": 0, "description": "tiger_f-seed0"}
+    with pytest.raises(WorkFailed, match="tiger_f-seed0: the loss is .* at step 10; lower the learning rate"):
+        training.fit(net, loss, lambda rng: np.arange(2), **options)
+
+
 def test_the_state_is_selected_on_valid(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = manifest.read(folders["real"]).select(split="valid")
     valid = load_images(rows, 32), np.array([CLASSES.index(str(row.label)) for row in rows.rows])
@@ -576,6 +587,34 @@ def test_what_a_generator_was_trained_on_outlives_a_new_split(
     assert f"what {model} was trained on is not checked: it is not here" in capsys.readouterr().err
 
 
+def test_patients_of_another_copy_of_the_data_are_said(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other pixels under another root: only the names of patients tell, and they may be others' names too."""
+    copy, model = tmp_path / "copy", tmp_path / "coarse"
+    shutil.copytree(folders["real"], copy)
+    model.mkdir()
+    (model / "config.yaml").write_text(f"data_dir: {copy}\nsplit: test\n")
+    for path in (copy / "images").glob("*.png"):
+        with Image.open(path) as image:
+            smaller = image.resize((40, 40))
+        smaller.save(path)
+    fake = spoil(folders["fake"], tmp_path / "set", lambda row: replace(row, model=f"{model}@0", derived_from=()))
+    given = arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run")
+    classify.main(given)
+    told = capsys.readouterr().err
+    assert f"{model} was trained on {copy / 'metadata.jsonl'}, which names" in told
+    assert "patients as valid or test of" in told and "where they are the same, it has seen held-out patients" in told
+    (model / "config.yaml").write_text(f"data_dir: {copy}\nsplit: train\n")
+    classify.main(given)
+    assert "held-out patients" not in capsys.readouterr().err
+    write_json(model / "inputs.json", {"files": {"images/a.png": "0", "images/b.png": "1"}})
+    shutil.rmtree(copy)
+    classify.main(given)
+    told = capsys.readouterr().err
+    assert f"{model} was trained on 2 images, none of which is among" in told and "is not here: not checked" in told
+
+
 def test_a_copy_of_a_test_image_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     extra = write_dataset(tmp_path, {"train": dict.fromkeys(CLASSES, 8)}, seed=3, prefix="E")
     test_image = (folders["real"] / "images" / "P0055.png").read_bytes()
@@ -655,6 +694,10 @@ def test_a_synthetic_set_may_have_the_name_of_a_split(folders: dict[str, Path], 
         (["--negative", "MTC"], "--negative MTC: no such class"),
         (["--policy", "rare", "--tasks", "PTC"], "--policy rare: none of benign, PTC is rare"),
         (["--amounts", "0"], "--amounts [0]: must be 1 or more"),
+        (["--max_train_steps", "0"], "--max_train_steps 0: must be 1 or more"),
+        (["--resamples", "-1"], "--resamples -1: must be 2 or more"),
+        (["--learning_rate", "nan"], "--learning_rate nan: must be a number above 0"),
+        (["--seeds", "-1"], "--seeds [-1]: must be 0 or more"),
         (["--real_share", "0"], "--real_share [0.0]: must be above 0"),
         (["--shard", "2/2"], "--shard '2/2': write k/n"),
         (["--folds", "2"], "--folds 2: must be from 3"),

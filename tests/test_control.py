@@ -64,6 +64,17 @@ def test_the_ceiling_has_the_class_shares_of_the_generated_images() -> None:
     assert result["per_class"]["a"]["ceiling"]["value"] == pytest.approx(0.4)
 
 
+def test_a_class_without_real_images_is_set_against_nothing() -> None:
+    labels = np.array(["a"] * 5 + ["c"] * 15)
+    generated = control.Judged(np.where(labels == "a", 1.0, 0.0), labels, np.arange(20))
+    real = control.Judged(np.ones(4), np.array(["a"] * 3 + ["b"]), np.arange(4))
+    result = control.compare(generated, generated, real)
+    assert result["generated"]["n"] == result["floor"]["n"] == 5 and set(result["per_class"]) == {"a"}
+    assert result["generated"]["value"] == result["ceiling"]["value"] == result["ratio_to_ceiling"] == 1
+    nothing = control.compare(generated.where(labels == "c"), generated, real)
+    assert np.isnan(nothing["ceiling"]["value"]) and nothing["ratio_to_ceiling"] is None
+
+
 def test_a_class_without_a_floor_has_none() -> None:
     labels = np.array(["a", "a", "b"])
     every = control.Judged(np.array([0.2, 0.4, 0.6]), labels, np.arange(3))

@@ -99,6 +99,17 @@ def test_a_resample_that_lacks_a_class_in_one_fold_keeps_the_others() -> None:
     assert np.isfinite(drawn.values["auc benign vs FTC"]).all()
 
 
+def test_a_task_of_which_valid_has_no_image_has_its_figures() -> None:
+    run = make_run("none", 1.0)
+    assert run.valid is not None
+    run.valid.y[:], run.test.y[::6] = 2, 2  # a third class; in valid there is no other
+    valid, test = (replace(part, p=np.pad(part.p, ((0, 0), (0, 1)))) for part in (run.valid, run.test))
+    run = replace(run, classes=["benign", "FTC", "MTC"], valid=valid, test=test)
+    entry = figures.summarise([run], "benign", 20)["arms"]["none"]
+    assert entry["auc benign vs FTC"]["value"] > 0.6 and np.isnan(entry["valid auc benign vs FTC"]["value"])
+    assert entry["sensitivity benign vs FTC"]["value"] == (run.test.p[run.test.y == 1, 1] >= 0.5).mean()
+
+
 def test_two_probabilities_of_0_tell_nothing() -> None:
     p = np.array([[0.2, 0.6, 0.2], [0.0, 0.0, 1.0], [1e-13, 3e-13, 1.0]])
     y, s, rows = figures.pair_scores(Scores(np.array([0, 1, 1]), p, ["a", "b", "c"], ["a", "b", "c"]), 0, 1)

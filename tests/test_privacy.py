@@ -68,7 +68,7 @@ def test_honest_images_are_not_accused(
     real: Manifest, honest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = report_of(real, honest, tmp_path, monkeypatch)
-    assert report["n"] == {"train": 120, "held_out": 120, "synthetic": 120, "each": 120}
+    assert report["n"] == {"train": 120, "held_out": 120, "synthetic": 120, "each": 120, "unseen": 0}
     assert report["near"]["held_out"]["value"] == pytest.approx(0.05, abs=0.01)
     assert report["near"]["synthetic"]["low"] <= 0.1
     authenticity = report["authenticity"]
@@ -101,6 +101,33 @@ def test_copies_are_found(real: Manifest, copied: Manifest, tmp_path: Path, monk
     assert "<script" not in text
     assert "http" not in text
     assert report["closest"][0]["training"] in text
+
+
+def test_images_that_the_generator_has_not_seen_are_no_members(
+    real: Manifest, copied: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saw 30 of 120 training images, and its images are copies of those."""
+    few = tuple(row for row in real.select(split="train").rows[::4])
+    seen = {row.file_name for row in few}
+    manifest.write(real.root / "few.jsonl", few)
+    (copied.root / "config.yaml").write_text(f"data_dir: {real.root / 'few.jsonl'}\n")
+    rows = [replace(row, model=f"{copied.root}@abc") for row in copied.rows if seen & set(row.derived_from)]
+    manifest.write(copied.root / "metadata.jsonl", rows)
+    report = report_of(real, manifest.read(copied.root), tmp_path, monkeypatch)
+    assert (report["n"]["train"], report["n"]["unseen"]) == (30, 90)
+    assert report["membership_auc"]["low"] > 0.9
+    assert "30 training images (90 others, which the generator has not seen" in (tmp_path / "privacy.html").read_text()
+
+
+def test_images_that_are_not_square_have_a_page_too(
+    real: Manifest, copied: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for row in copied.rows:
+        with Image.open(copied.root / row.file_name) as image:
+            narrow = image.resize((48, 64))
+        narrow.save(copied.root / row.file_name)
+    report = report_of(real, copied, tmp_path, monkeypatch)
+    assert all(pair["ssim"] > 0.5 for pair in report["closest"])
 
 
 def test_a_generator_that_saw_the_holdout_is_refused(
