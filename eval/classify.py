@@ -155,7 +155,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise InputError(f"--amounts {args.amounts}: must be 1 or more images a class; the arm oversampling has none")
     if args.folds is not None and args.folds < 1:
         raise InputError(f"--folds {args.folds}: must be 1 or more; leave it out to use the splits")
-    least = {"image_size": 32, "max_train_steps": 1, "train_batch_size": 1, "realism_steps": 1, "resamples": 2}
+    least = {"image_size": 8, "max_train_steps": 1, "train_batch_size": 1, "realism_steps": 1, "resamples": 2}
     for name, fewest in least.items():
         if (value := getattr(args, name)) is not None and value < fewest:
             raise InputError(f"--{name} {value}: must be {fewest} or more")

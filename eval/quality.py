@@ -88,7 +88,7 @@ def feature_metrics(real: Features, fake: Features) -> dict[str, float]:
 def slow_metrics(real: Features, fake: Features, extractor: Extractor) -> dict[str, float]:
     """FID∞ and the geometry score where there are enough images, the Inception score where there is a classifier."""
     values = {}
-    if min(len(real), len(fake)) >= 2 * POINTS:  # or there is no line to be laid
+    if min(len(real), len(fake)) > K:  # of two images there is no line to be laid
         values["fid_infinity"] = fid_infinity(real, fake)
     if min(len(real), len(fake)) >= topology.LANDMARKS:
         values["geometry_score"] = geometry_score(real, fake)

@@ -194,7 +194,7 @@ def test_text_says_how_far_figures_reach(page: Page) -> None:
     assert "shows no image of this run" in page.text
     assert "Each class is drawn equally often, but from real images as they are: there as often as" in page.text
     assert "Not checked for leaks: " in page.text and "24 rows do not say which model made them" in page.text
-    assert "Hosmer–Lemeshow χ²medians over seeds and folds" in page.text
+    assert "Hosmer–Lemeshow χ²one image a patient; medians" in page.text
     assert "Brier, of the positive class ↓" in page.text and "Brier, summed over the classes ↓" in page.text
 
 
