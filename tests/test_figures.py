@@ -128,6 +128,20 @@ def test_calibration_on_held_out_images_has_all_degrees_of_freedom() -> None:
     assert np.isnan(figures.hosmer_lemeshow(few, "benign", "benign vs FTC")).all()  # eight images, ten groups
 
 
+def test_calibration_is_not_rejected_because_patients_have_several_images() -> None:
+    """Perfectly calibrated, one to four images a patient, all of one class and risk."""
+    rng, told, image_by_image = np.random.default_rng(0), [], []
+    for _ in range(60):
+        risk, images = rng.beta(1.2, 1.2, 150), rng.integers(1, 5, 150)
+        patient = np.repeat(np.arange(150), images)
+        y, p = (rng.random(150) < risk)[patient].astype(np.int64), risk[patient]
+        scores = Scores(y, np.stack([1 - p, p], 1), [f"p{i}" for i in patient], [f"{i}.png" for i in range(len(p))])
+        run = replace(make_run("none", 1.0), test=scores)
+        told.append(figures.hosmer_lemeshow(run, "benign", "benign vs FTC")[1] < 0.05)
+        image_by_image.append(statistics.hosmer_lemeshow(y, p, fitted=False)[1] < 0.05)
+    assert np.mean(told) < 0.1 and np.mean(image_by_image) > 0.5
+
+
 def test_only_equal_conditions_are_compared_and_each_figure_is_a_family() -> None:
     gains = {"oversampling": 0.5, "tiger_f:2": 0.6, "tiger_f:4": 0.9, "sd:4": 0.7}
     runs = [make_run(condition, gain, noise=i) for i, (condition, gain) in enumerate(gains.items())]
