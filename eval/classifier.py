@@ -80,12 +80,25 @@ def save(net: nn.Module, folder: Path, model: str, image_size: int, classes: Seq
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from .pth by PyTorch's loader that runs no code."""
+    """A state dict from .safetensors, or from .pth by PyTorch's loader that runs no code; there also one that a
+    training wrapped, in {"state_dict": …} or under names that begin with "module.".
+
+    Raises InputError where it is none.
+    """
     if Path(path).suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path}: cannot be read ({error}): replace the file") from error
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not (isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values())):
+        raise InputError(f"{path}: holds no state dict, tensors by their names")
+    return {name.removeprefix("module."): value for name, value in found.items()}
 
 
 def to_input(images: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval import statistics
-from eval.features import RESIZE, preparation
+from eval.features import RESIZE, load_whole, preparation
 from eval.images import add_knowledge, group_of, load_images, patients_of, read_split, select_split
 from eval.privacy import balanced
 from eval.training import device, fit, shift
@@ -93,7 +93,7 @@ def load_clip(folder: str | Path) -> Clip:
     if read_json(folder / "config.json").get("model_type") != "clip":
         raise InputError(f"{folder}/config.json: is no CLIP of transformers (model_type 'clip')")
     return Clip(
-        CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True),
+        load_whole(CLIPModel, folder),
         CLIPTokenizer.from_pretrained(folder, local_files_only=True),
         CLIPImageProcessor.from_pretrained(folder, local_files_only=True),
     )

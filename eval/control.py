@@ -14,7 +14,7 @@ import math
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,31 +142,32 @@ def correlation(edges: np.ndarray, image: np.ndarray, region: np.ndarray) -> flo
     return float((a * b).sum() / norm) if norm > 0 else 0.0
 
 
-def requests(rows: Manifest) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def requests(rows: Manifest) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(requested map, image, region to compare) of each row: around the nodule where the map is blank inside it."""
-    require_column(rows, "condition_bg")
-    found = []
     for row in rows.rows:
         image, edges = (read_gray(rows.file(row, column)) for column in ("file_name", "condition_bg"))
         mask = read_mask(rows.file(row, "condition_fg")) > 0 if row.condition_fg else np.zeros(edges.shape, bool)
         if not image.shape == edges.shape == mask.shape:
             raise InputError(f"{rows.path}: {row.file_name}: image, mask and Sobel map differ in size; make them one")
         around = nodule_region(np.where(mask, 255, 0).astype(np.uint8)) == 0
-        found.append((edges, image, np.ones_like(mask) if edges[mask].any() else around))
-    return found
+        yield edges, image, np.ones_like(mask) if edges[mask].any() else around
 
 
 def sobel_control(fake: Manifest, real: Manifest, patient_of: Mapping[str, str]) -> dict[str, Any]:
     """Correlation of the requested Sobel map with the map of the generated image."""
-    of_fake, of_real = requests(fake), requests(real)
-    if len({image.shape for _, image, _ in of_fake}) > 1:
-        raise InputError(f"{fake.path}: images of several sizes cannot be set against each other's maps")
-    own, real_own = (np.array([correlation(*item) for item in items]) for items in (of_fake, of_real))
-    others = [of_fake[k][0] for k in shuffled(len(of_fake))]
-    floor = [correlation(edges, image, region) for edges, (_, image, region) in zip(others, of_fake, strict=True)]
-    blanked = sum(not region.all() for _, _, region in of_fake)
-    where = {"images_compared_outside_the_mask": blanked, "images_compared_in_whole": len(of_fake) - blanked}
-    parts = ((own, fake), (np.array(floor), fake), (real_own, real))
+    for rows in (fake, real):
+        require_column(rows, "condition_bg")
+    own, floor, blanked = [], [], 0
+    for (edges, image, region), k in zip(requests(fake), shuffled(len(fake.rows)), strict=True):  # one at a time
+        other = read_gray(fake.file(fake.rows[k], "condition_bg"))
+        if other.shape != image.shape:
+            raise InputError(f"{fake.path}: images of several sizes cannot be set against each other's maps")
+        own.append(correlation(edges, image, region))
+        floor.append(correlation(other, image, region))
+        blanked += not region.all()
+    where = {"images_compared_outside_the_mask": blanked, "images_compared_in_whole": len(own) - blanked}
+    of_real = [correlation(*item) for item in requests(real)]
+    parts = ((np.array(own), fake), (np.array(floor), fake), (np.array(of_real), real))
     return where | compare(*(judged(values, rows, patient_of) for values, rows in parts))
 
 
@@ -245,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     report = {
         "command": f"python -m eval.control {shlex.join(sys.argv[1:] if argv is None else argv)}",
+        "split": args.split,
         "n": {"generated": len(fake.rows), "real": len(real.rows)},
         "interval": f"95 %, {RESAMPLES} bootstrap resamples of patients; a generated image belongs to that of its map",
         "judges": {name: trained_by(Path(args.judges) / name) for name in ("segmenter", "attributes")},

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from eval.classifier import read_weights
-from eval.images import load_native
+from eval.images import load_native, refuse_black
 from eval.judges import load_attribute_net
 from eval.training import device
 from tiger.errors import InputError
@@ -37,6 +37,7 @@ from tiger.manifest import Manifest
 DEFAULT = "efficientnet-lite0"
 INCEPTION = "inception"
 RESIZE = "PIL bicubic, antialiased"
+RESIZE_WHOLE = f"{RESIZE}, the whole image and no crop of it"  # CLIP and DINOv2 crop, and would lose the image's sides
 RESIZE_INCEPTION = "TensorFlow 1 bilinear, not antialiased"
 GRAY = ((0.449,) * 3, (0.226,) * 3)  # mean and spread that eval.classifier trains with
 BATCH = 32  # images
@@ -177,7 +178,7 @@ def load_extractor(name: str = DEFAULT, weights: str | Path | None = None) -> Ne
             return from_timm(name, read_weights(path), path)
     except pickle.UnpicklingError as error:
         raise InputError(f"--extractor_weights {weights}: holds more than tensors, and is not run") from error
-    except RuntimeError as error:
+    except (RuntimeError, EOFError) as error:
         problem = str(error).splitlines()[-1].strip()
         raise InputError(f"--extractor {name}: its weights ({weights or name}) do not fit: {problem}") from error
     raise InputError(
@@ -208,10 +209,10 @@ def from_timm(
     """
     import timm
 
-    classes = next(
-        (len(weights[key]) for key in ("fc.weight", "classifier.weight", "head.weight") if key in weights), 0
-    )
-    options: dict[str, Any] = {"num_classes": classes} if classes else {}
+    heads = ("fc", "classifier", "head")
+    classes = next((len(weights[f"{name}.weight"]) for name in heads if f"{name}.weight" in weights), 0)
+    none = not any(key.startswith(tuple(f"{name}." for name in heads)) for key in weights)  # of which none is needed
+    options: dict[str, Any] = {"num_classes": classes} if classes or none else {}
     net: Any = timm.create_model(architecture, pretrained=False, **options)
     net.load_state_dict(weights)
     classifier = net.get_classifier()
@@ -226,7 +227,9 @@ def from_timm(
         head=_head(classifier) if isinstance(classifier, nn.Linear) else None,
         prepare=preparation(size, mean, std),
         pooled=net,
-        early=lambda x: net.forward_intermediates(x, indices=[0], intermediates_only=True, stop_early=True)[0],
+        early=None  # a transformer's patches are no receptive fields
+        if hasattr(net, "patch_embed")
+        else lambda x: net.forward_intermediates(x, indices=[0], intermediates_only=True, stop_early=True)[0],
     )
 
 
@@ -304,7 +307,7 @@ def from_transformers(folder: Path, kind: str) -> NetExtractor:
     size = int(crop["height"] if isinstance(crop, dict) else crop)
     cls: Any = Dinov2Model if kind == "dinov2" else CLIPModel
     parts = [folder / "config.json", folder / "model.safetensors"]
-    net = cls.from_pretrained(folder, use_safetensors=True, local_files_only=True).to(device()).eval()
+    net = load_whole(cls, folder).to(device()).eval()
 
     def pooled(inputs: Tensor) -> Tensor:
         if kind == "dinov2":
@@ -312,13 +315,27 @@ def from_transformers(folder: Path, kind: str) -> NetExtractor:
         return nn.functional.normalize(net.get_image_features(pixel_values=inputs).pooler_output, dim=1)
 
     return NetExtractor(
-        name=f"{kind} {folder.name} {digest_of(parts, *normalisation)}, {size} px, {RESIZE}",
-        resize=RESIZE,
+        name=f"{kind} {folder.name} {digest_of(parts, *normalisation)}, {size} px, {RESIZE_WHOLE}",
+        resize=RESIZE_WHOLE,
         head=None,
         prepare=preparation(size, *normalisation),
         pooled=pooled,
         early=None,
     )
+
+
+def load_whole(cls: Any, folder: Path) -> Any:
+    """A model of transformers from a folder that has all of its tensors: it would fill up what lacks at random.
+
+    Raises InputError where one lacks or has another shape.
+    """
+    net, info = cls.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    wrong = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if wrong:
+        raise InputError(f"{folder}: model.safetensors does not fit config.json: {len(wrong)} tensors, as {wrong[0]}")
+    return net
 
 
 def from_attribute_net(folder: Path) -> NetExtractor:
@@ -351,9 +368,15 @@ def features_of(manifest: Manifest, extractor: Extractor, cache_dir: str | Path 
     """(N, D) features of the images, from the cache where the same ones have gone through the same extractor before.
 
     CHUNK images are in memory, and are one file of the cache: a run that was stopped goes on after the last of them.
+    Raises InputError where they are black (see `images.refuse_black`).
     """
-    chunks = (manifest.rows[i : i + CHUNK] for i in range(0, len(manifest.rows), CHUNK))
-    return np.concatenate([_cached([load_native(manifest, row) for row in c], extractor, cache_dir) for c in chunks])
+    parts, brightest = [], []
+    for start in range(0, len(manifest.rows), CHUNK):
+        images = [load_native(manifest, row) for row in manifest.rows[start : start + CHUNK]]
+        brightest.append(np.array([image.max(initial=0) for image in images]))
+        parts.append(_cached(images, extractor, cache_dir))
+    refuse_black(manifest, brightest)
+    return np.concatenate(parts)
 
 
 def _cached(images: Sequence[np.ndarray], extractor: Extractor, cache_dir: str | Path | None) -> np.ndarray:

@@ -60,7 +60,7 @@ function wanted(entry, values) {
 function sorted(list, order) {
   if (!order) return list;
   const [sign, name] = [order[0] === "-" ? -1 : 1, order.slice(1)];
-  const key = (entry) => entry.scores[name] ?? -Infinity * sign;
+  const key = (entry) => entry.scores[name] ?? Infinity * sign;
   return [...list].sort((a, b) => sign * (key(a) - key(b)) || 0);
 }
 

@@ -86,7 +86,7 @@ def realism_scores(x: np.ndarray, train: np.ndarray, k: int = K) -> Values:
         raise InputError(f"realism needs more than {k} training images, found {len(train)}")
     train = np.asarray(train, np.float64)
     blocks = (distances(train[part], train) for part in parts(len(train)))
-    radii = np.concatenate([np.partition(block, k, axis=1)[:, k] for block in blocks])  # the nearest is itself
+    radii = np.concatenate([np.partition(block, k, axis=1)[:, k].copy() for block in blocks])  # the nearest is itself
     dense = radii <= np.median(radii)
     blocks = (np.maximum(distances(x[part], train[dense]), TINY) for part in parts(len(x)))
     return np.concatenate([(radii[dense] / block).max(1) for block in blocks])

@@ -12,6 +12,8 @@ from tiger.errors import InputError
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row
 
+BRIGHT = 64  # of 255: fewer is what 14 bits in files of 16 give
+
 
 def add_knowledge(parser: argparse.ArgumentParser) -> None:
     """The flag of every command that reads manifests; `read_split` takes its value."""
@@ -30,9 +32,11 @@ def read_split(
     Args:
         data_dir: folder with a metadata.jsonl, or that file.
         knowledge: name or file of the knowledge base that takes reports in one `text` column apart.
-    Raises InputError where there are none, for no judgement can be made on nothing.
+    Raises InputError where there are none, for no judgement can be made on nothing, and where a patient has real rows
+    in several splits.
     """
     rows = manifests.read(data_dir, Knowledge.load(knowledge))
+    manifests.refuse(rows.path, list(manifests.straddling_patients(row for row in rows.rows if not row.synthetic)))
     kind = rows.select(synthetic=synthetic)
     if not kind.rows:
         found = "no row is marked synthetic; give what generation.py wrote" if synthetic else "every row is synthetic"
@@ -57,14 +61,36 @@ def load_native(manifest: Manifest, row: Row) -> np.ndarray:
 
 
 def load_images(manifest: Manifest, size: int) -> np.ndarray:
-    """All images as (N, size, size) uint8 grey, resized by PIL with antialiasing where they differ in size."""
-    return _stack([read_gray(manifest.file(row, "file_name"), size) for row in manifest.rows], size)
+    """All images as (N, size, size) uint8 grey, resized by PIL with antialiasing where they differ in size.
+
+    Raises InputError where they are black (see `refuse_black`).
+    """
+    images = _stack([read_gray(manifest.file(row, "file_name"), size) for row in manifest.rows], size)
+    refuse_black(manifest, images)
+    return images
+
+
+def refuse_black(manifest: Manifest, images: Iterable[np.ndarray]) -> None:
+    """Raise an InputError where no pixel of a whole set's images, uint8, is BRIGHT: so look images of 10 to 14 bits in
+    files of 16, and all that is said of them would be nonsense."""
+    top = max((int(image.max(initial=0)) for image in images), default=BRIGHT)
+    if top < BRIGHT:
+        raise InputError(
+            f"{manifest.path}: no pixel of {len(manifest.rows)} images is above {top} of 255; if they use few of their "
+            f"16 bits, python -m data.prepare check --data_dir {manifest.root} --fix FOLDER scales them"
+        )
 
 
 def load_masks(manifest: Manifest, size: int) -> np.ndarray:
-    """All nodule masks as (N, size, size) bool."""
+    """All nodule masks as (N, size, size) bool. Raises InputError where some are empty."""
     require_column(manifest, "condition_fg")
-    return _stack([read_mask(manifest.file(row, "condition_fg"), size) for row in manifest.rows], size) > 0
+    masks = _stack([read_mask(manifest.file(row, "condition_fg"), size) for row in manifest.rows], size) > 0
+    if empty := [row.file_name for row, mask in zip(manifest.rows, masks, strict=True) if not mask.any()]:
+        raise InputError(
+            f"{manifest.path}: empty masks of {name_rows(empty)}, where no value is 128 or more; draw them or drop the "
+            f"rows, or where they hold 0 and 1: python -m data.prepare check --data_dir {manifest.root}"
+        )
+    return masks
 
 
 def load_maps(manifest: Manifest, size: int) -> np.ndarray:

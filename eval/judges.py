@@ -204,8 +204,8 @@ def refuse_strangers(
 def segment(net: Segmenter, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
     """(N, S, S) uint8 images at the net's resolution -> (N, S, S) bool, True where it sees the nodule."""
     device = next(net.parameters()).device
-    logits = [net(normalise(torch.from_numpy(part).to(device))) for part in _parts(images, batch_size)]
-    return (torch.cat(logits).squeeze(1) > 0).cpu().numpy()
+    found = [net(normalise(torch.from_numpy(part).to(device))) > 0 for part in _parts(images, batch_size)]
+    return torch.cat(found).squeeze(1).cpu().numpy()
 
 
 @torch.inference_mode()

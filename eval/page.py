@@ -20,7 +20,7 @@ CONTROLS = {
 METRICS = {
     "fid": "FID ↓",
     "kid": "KID ↓",
-    "cmmd": "CMMD ↓",
+    "cmmd": "CMMD (see above) ↓",
     "cmmd_unbiased": "CMMD, unbiased ↓",
     "density": "density ↑",
     "coverage": "coverage ↑",
@@ -41,7 +41,7 @@ PAIRINGS = {
     "random real": "two real ones of a class",
     "condition": "synthetic with the real one whose Sobel map it was drawn after",
     "nearest": "synthetic with the nearest training image",
-    "nearest real": "real test image with the nearest training image",
+    "nearest real": "real held-out image with the nearest training image",
 }
 BOUNDS = ("ceiling", "floor")
 SPECTRUM = (
@@ -105,7 +105,8 @@ def cards(results: Results) -> str:
     shown: list[tuple[Mapping[str, float], str, str]] = []  # estimate, what it is, output that it comes from
     if results.classify:
         tasks, training = headline(results.classify), results.classify["n"]["train"]
-        for task in sorted(tasks, key=lambda task: training[class_of(task)])[:2]:
+        rarest = sorted({class_of(task): task for task in tasks}.values(), key=lambda task: training[class_of(task)])
+        for task in rarest[:2]:
             arms = tasks[task]
             if {"tiger_f", "oversampling"} <= arms.keys():
                 theirs = number(arms["oversampling"]["value"])
@@ -135,9 +136,10 @@ def control_section(results: Results) -> str:
         for label in report["mask_iou"]["per_class"]
     ]
     text = (
-        "Judged by nets that were trained on phantom truth and see the image alone. Ceiling: the same judges on "
-        f"{number(report['n']['real'])} real test images. Floor: the {number(report['n']['generated'])} generated "
-        f"images against the requests of other images. In brackets, the interval: {report['interval']}."
+        "Judged by nets that see the image alone; how they were trained is in their files. Ceiling: the same judges on "
+        f"{number(report['n']['real'])} real images of split '{report.get('split', 'test')}'. Floor: the "
+        f"{number(report['n']['generated'])} generated images against the requests of other images. In brackets, the "
+        f"interval: {report['interval']}."
     )
     links = [made_by(results, name) for name in ("control.json", *(j["folder"] for j in report["judges"].values()))]
     return section(
@@ -189,8 +191,9 @@ def quality_section(results: Results) -> str:
         if measure in report["overall"]
     ]
     text = (
-        f"Features of {report['extractor']}, images resized by {report['resize']}. Each value is the "
-        f"{report['value']}. Below it, its interval: {report['interval']}. Floor: "
+        f"Features of {report['extractor']}, images resized by {report['resize']}. CMMD: "
+        f"{report['settings']['cmmd']['variant']}. Each value is the {report['value']}. Below it, its interval: "
+        f"{report['interval']}. Floor: "
         f"{report['floor']}. An arrow points to the better side."
         + (f" Left out, for too few images: {left_out}." if left_out else "")
     )

@@ -59,6 +59,8 @@ __all__ = [
 ]  # fmt: skip
 
 FEWEST = 2  # images of a class in a set; a class with fewer is left out
+FEW = 5  # patients of a class on a side; of fewer, resamples hardly tell how figures vary
+EMPTY = np.array([], np.int64)
 REPEATS = 10  # random splits that a value is averaged over
 RESAMPLES = 100
 SLOW_RESAMPLES = 30  # of --metrics all
@@ -104,22 +106,24 @@ def slow_metrics(real: Features, fake: Features, extractor: Extractor) -> dict[s
 class ClassSets:
     """The images of one class, as row indices in groups that belong together (see group_of)."""
 
-    real: list[NDArray[np.int64]]
-    fake: list[NDArray[np.int64]]
+    real: dict[str, NDArray[np.int64]]  # of each patient
+    fake: dict[str, NDArray[np.int64]]
+    most: int | None = None  # images of a set
 
     @cached_property
     def n(self) -> int:
         """Images in each set that is compared: what two sets of whole patients surely hold, or all synthetic ones."""
-        sizes = [len(rows) for rows in self.real]
-        return min(sum(len(rows) for rows in self.fake), (sum(sizes) - max(sizes, default=0)) // 2)
+        sizes = [len(rows) for rows in self.real.values()]
+        n = min(sum(len(rows) for rows in self.fake.values()), (sum(sizes) - max(sizes, default=0)) // 2)
+        return n if self.most is None else min(n, self.most)
 
     def __str__(self) -> str:
-        real, fake = (sum(len(rows) for rows in groups) for groups in (self.real, self.fake))
+        real, fake = (sum(len(rows) for rows in groups.values()) for groups in (self.real, self.fake))
         return f"{real} real images of {len(self.real)} patients, {fake} synthetic ones"
 
 
 def class_sets(
-    real: Manifest, fake: Manifest, patient_of: Mapping[str, str]
+    real: Manifest, fake: Manifest, patient_of: Mapping[str, str], most: int | None = None
 ) -> tuple[dict[str, ClassSets], dict[str, ClassSets]]:
     """(label -> its groups, the same of the classes with too few images). Row indices are those of the manifests."""
     groups: dict[str, tuple[dict[str, list[int]], dict[str, list[int]]]] = {}
@@ -127,10 +131,11 @@ def class_sets(
         for index, row in enumerate(rows):
             of_class = groups.setdefault(str(row.label), ({}, {}))[side]
             of_class.setdefault(group_of(row, patient_of), []).append(index)
-    sets = {
-        label: ClassSets([np.array(rows) for rows in of_real.values()], [np.array(rows) for rows in of_fake.values()])
-        for label, (of_real, of_fake) in groups.items()
-    }
+
+    def arrays(of: Mapping[str, list[int]]) -> dict[str, NDArray[np.int64]]:
+        return {name: np.array(rows) for name, rows in of.items()}
+
+    sets = {label: ClassSets(arrays(of_real), arrays(of_fake), most) for label, (of_real, of_fake) in groups.items()}
     large = {label: one for label, one in sets.items() if one.n >= FEWEST}
     small = {label: one for label, one in sets.items() if one.n < FEWEST}
     if not large:
@@ -143,14 +148,25 @@ Draw = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]  # rows of
 
 
 def split_draw(sets: list[ClassSets], rng: np.random.Generator) -> Draw:
-    """n real images, n others of other patients, n synthetic ones, of each class."""
+    """n real images, n others of other patients, n synthetic ones, of each class.
+
+    No patient is on both sides, whatever the classes. Patients go where their classes are behind, which gives both
+    sides n of a class; where patients with images of several classes prevent that, as many as both have.
+    """
+    names = sorted({name for one in sets for name in one.real})
+    ahead = np.zeros(len(sets))  # images that the first side has more than the second, of each class
+    sides: tuple[set[str], set[str]] = (set(), set())
+    for i in rng.permutation(len(names)):
+        images = np.array([len(one.real.get(names[i], ())) for one in sets])
+        side = int(ahead @ images > 0)
+        ahead += images * (1 - 2 * side)
+        sides[side].add(names[i])
     parts: list[list[NDArray[np.int64]]] = [[], [], []]
     for one in sets:
-        patients = [one.real[i] for i in rng.permutation(len(one.real))]
-        sizes = np.cumsum([len(rows) for rows in patients])
-        cut = int(np.argmin(np.abs(sizes - sizes[-1] / 2))) + 1  # where the halves are most equal
-        for part, groups in zip(parts, (patients[:cut], patients[cut:], one.fake), strict=True):
-            part.append(rng.permutation(np.concatenate(groups))[: one.n])
+        halves = [np.concatenate([one.real[name] for name in one.real if name in side] or [EMPTY]) for side in sides]
+        n = min(one.n, *map(len, halves))
+        for part, rows in zip(parts, (*halves, np.concatenate([*one.fake.values()])), strict=True):
+            part.append(rng.permutation(rows)[:n])
     return np.concatenate(parts[0]), np.concatenate(parts[1]), np.concatenate(parts[2])
 
 
@@ -158,10 +174,11 @@ def bootstrap_draw(sets: list[ClassSets], rng: np.random.Generator) -> tuple[NDA
     """n real and n synthetic images of each class, from groups drawn with replacement."""
     real, fake = [], []
     for one in sets:
-        for part, groups in ((real, one.real), (fake, one.fake)):
+        for part, of in ((real, one.real), (fake, one.fake)):
             rows: list[int] = []
-            while len(rows) < one.n:
-                rows.extend(groups[rng.integers(len(groups))].tolist())
+            groups = [*of.values()]
+            while len(rows) < one.n:  # the last of them may be cut short: anywhere, not always at the same image
+                rows.extend(rng.permutation(groups[rng.integers(len(groups))]).tolist())
             part.append(np.array(rows[: one.n]))
     return np.concatenate(real), np.concatenate(fake)
 
@@ -204,8 +221,8 @@ def compare(
 
 def settings(extractor: Extractor) -> dict[str, Any]:
     """What the figures depend on besides the images."""
-    clip = extractor.name.startswith("clip ")
-    variant = "CMMD" if clip else "MMD² with CMMD's constants: these features, at length 1, are not CLIP's"
+    whose = "this CLIP's; CMMD is of OpenAI's ViT-L/14@336" if extractor.name.startswith("clip ") else "not CLIP's"
+    variant = f"MMD² with CMMD's constants; features, at length 1, are {whose}"
     return {
         "repeats": REPEATS,
         "resamples": {"quick": RESAMPLES, "slow": SLOW_RESAMPLES, "pairs": PAIR_RESAMPLES},
@@ -236,6 +253,12 @@ def _parser() -> argparse.ArgumentParser:
         default="quick",
         help="'all' adds FID∞, the geometry score, the Inception score and SIFID: minutes (default: quick)",
     )
+    parser.add_argument(
+        "--most",
+        type=int,
+        help="images of a class in each set; without it as many as there are, which takes minutes at 500 and, by the "
+        "square, hours at 5,000",
+    )
     add_extractor(parser)
     add_knowledge(parser)
     parser.add_argument("--seed", type=int, default=0, help="of splits and resamples (default: 0)")
@@ -262,10 +285,20 @@ def main(argv: list[str] | None = None) -> None:
     train = every.select(split="train")
     real = every if args.split == "all" else select_split(every, args.split)
     fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
-    sets, left_out = class_sets(real, fake, patients_of(every.rows))
+    if args.most is not None and args.most < FEWEST:
+        raise InputError(f"--most {args.most}: must be {FEWEST} or more")
+    sets, left_out = class_sets(real, fake, patients_of(every.rows), args.most)
     unchecked = refuse_leakage(Manifest(every.path, (*train.rows, *real.rows)), [fake])
     for label, one in left_out.items():
         print(f"warning: class {label} has too few images and is left out: {one}", file=sys.stderr)
+    few = {
+        label: (len(one.real), len(one.fake))
+        for label, one in sets.items()
+        if min(map(len, (one.real, one.fake))) < FEW
+    }
+    for label, (patients, sources) in few.items():
+        told = f"{patients} patients, and synthetic ones drawn after {sources}"
+        print(f"warning: class {label} has images of {told}: its intervals tell little", file=sys.stderr)
     extractor = load_extractor(args.extractor, args.extractor_weights)
     if args.dry_run:
         print(f"{len(real.rows)} real and {len(fake.rows)} synthetic images, {len(sets)} classes: nothing measured")
@@ -299,6 +332,7 @@ def main(argv: list[str] | None = None) -> None:
         "n": {"real": len(real.rows), "synthetic": len(fake.rows)},
         "classes": list(sets),
         "left_out": {label: str(one) for label, one in left_out.items()},
+        "groups": {label: {"real": len(one.real), "synthetic": len(one.fake)} for label, one in sets.items()},
         "value": f"mean over {REPEATS} random sets of n images, equally many of a class on both sides",
         "floor": "the same between two sets of n real images without a common patient; of pairs: 'random real'",
         "interval": f"95 %, normal about the value, its spread that of {RESAMPLES} bootstrap resamples of patients "

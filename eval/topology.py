@@ -73,6 +73,8 @@ def relative_living_times(intervals: Any, alpha_max: float, i_max: int = 100) ->
     Args:
         intervals: (I, 2) birth and death of each hole; a death of inf counts as alpha_max.
     """
+    if alpha_max == 0:  # all points are one: no hole at any time
+        return np.eye(1, i_max)[0]
     intervals = np.minimum(np.asarray(intervals, np.float64).reshape(-1, 2), alpha_max)
     edges = np.unique(np.append(intervals, [0, alpha_max]))
     middles = (edges[1:] + edges[:-1]) / 2

@@ -138,7 +138,7 @@ def test_sets_have_equal_size_and_share_no_patient(sets: tuple[Manifest, Manifes
     patient_of = images.patients_of(real.rows)
     groups, left_out = quality.class_sets(test, fake, patient_of)
     assert left_out == {}
-    for rows in groups["FTC"].fake:  # those drawn after the two maps of a patient are one group
+    for rows in groups["FTC"].fake.values():  # those drawn after the two maps of a patient are one group
         assert len({patient_of[fake.rows[k].derived_from[0]] for k in rows}) == 1
     assert len(groups["FTC"].fake) == 11  # 20 images
     assert {label: one.n for label, one in groups.items()} == {"benign": 9, "FTC": 11}  # all fakes; (24 − 2) / 2
@@ -160,10 +160,29 @@ def test_uneven_patients_still_give_equal_sets() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         cuts = np.cumsum(rng.integers(1, 6, size=int(rng.integers(2, 9))))
-        one = quality.ClassSets(np.split(np.arange(cuts[-1]), cuts[:-1]), [np.arange(100)])
+        patients = dict(zip("abcdefgh", np.split(np.arange(cuts[-1]), cuts[:-1]), strict=False))
+        one = quality.ClassSets(patients, {"s": np.arange(100)})
         a, b, f = quality.split_draw([one], rng)
         assert len(a) == len(b) == len(f) == one.n
         assert not set(a) & set(b)
+
+
+def test_a_patient_of_two_classes_is_on_one_side() -> None:
+    """Each of 20 patients has an image of either class."""
+    sets = [
+        quality.ClassSets({f"{i}": np.array([20 * c + i]) for i in range(20)}, {"s": np.arange(50)}) for c in (0, 1)
+    ]
+    for i in range(20):
+        a, b, f = quality.split_draw(sets, np.random.default_rng(i))
+        assert not set(a % 20) & set(b % 20)
+        assert len(a) == len(b) == len(f) == 2 * sets[0].n == 18  # (20 − 1) / 2
+
+
+def test_a_resample_takes_any_image_of_a_large_group() -> None:
+    one = quality.ClassSets({f"{i}": np.array([i]) for i in range(20)}, {"s": np.arange(40)}, most=9)
+    assert one.n == 9
+    drawn = [quality.bootstrap_draw([one], np.random.default_rng(i))[1] for i in range(60)]
+    assert all(len(set(rows)) == 9 for rows in drawn) and len({row for rows in drawn for row in rows}) == 40
 
 
 def test_cmmd_is_of_features_at_length_1() -> None:
@@ -335,11 +354,11 @@ def test_intervals_are_of_one_kind_for_all_metrics() -> None:
         mean = float(fake.mean() - real.mean())
         return {"fid_infinity": mean, "geometry_score": abs(mean) / 100, "coverage": 1 - abs(mean) / 100}
 
-    rows = [np.array([i]) for i in range(100)]
-    found = [
-        quality.compare(*rng.normal(size=(2, 100, 1)), [quality.ClassSets(rows, rows)], figures, 30, 0, lambda: None)
-        for _ in range(40)
-    ]
+    rows = {str(i): np.array([i]) for i in range(100)}
+    sets, found = [quality.ClassSets(rows, rows)], []
+    for _ in range(40):
+        real, fake = rng.normal(size=(2, 100, 1))
+        found.append(quality.compare(real, fake, sets, figures, 30, 0, lambda: None))
     # 50 real and 50 synthetic images are drawn: a standard deviation of √(1/50 + 1/50) = 0.2
     widths = [one["fid_infinity"]["high"] - one["fid_infinity"]["low"] for one in found]
     assert np.mean(widths) == pytest.approx(2 * 1.96 * 0.2, rel=0.05)
