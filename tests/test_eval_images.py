@@ -2,13 +2,18 @@
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from eval_samples import write_dataset
+from PIL import Image
 
-from eval.images import read_split
+from eval.features import features_of
+from eval.images import load_images, load_masks, read_split
+from tiger import manifest
 from tiger.errors import InputError, run
 from tiger.manifest import Manifest
 
@@ -19,6 +24,46 @@ COMMANDS = {
     "gallery": ["--output", "page.html"],
     "gate": ["--output", "fake/kept.jsonl", "--scores", "novelty"],
 }
+
+
+def test_empty_masks_and_black_images_are_refused(tmp_path: Path) -> None:
+    """As masks of 0 and 1 and images of 12 bits in files of 16 are read."""
+    rows = write_dataset(tmp_path, {"train": {"benign": 3}})
+    assert load_masks(rows, 32).any((1, 2)).all() and load_images(rows, 32).max() > 64
+    mask = tmp_path / "condition_fg" / "P0001.png"
+    with Image.open(mask) as image:
+        of_one = np.asarray(image) // 255
+    Image.fromarray(of_one).save(mask)
+    with pytest.raises(InputError, match=r"empty masks of images/P0001.png, where no value is 128 or more"):
+        load_masks(rows, 32)
+    for path in (tmp_path / "images").iterdir():
+        with Image.open(path) as image:
+            deep = np.asarray(image).astype(np.uint16) * 16
+        Image.fromarray(deep).save(path)
+    for read in (lambda: load_images(rows, 32), lambda: features_of(rows, Sizes(), None)):
+        with pytest.raises(InputError, match=r"no pixel of 3 images is above \d+ of 255; .* prepare check"):
+            read()
+
+
+def test_patients_in_two_splits_are_refused_wherever_images_are_read(tmp_path: Path) -> None:
+    rows = write_dataset(tmp_path, {"train": {"benign": 2}, "test": {"benign": 2}})
+    manifest.write(rows.path, [replace(row, patient_id="p1") for row in rows.rows])
+    for name, given in (("segment", ["train", "--data_dir"]), ("attributes", ["train", "--data_dir"])):
+        module = importlib.import_module(f"eval.{name}")
+        with pytest.raises(InputError, match="p1"):
+            module.main([*given, str(tmp_path), "--output_dir", str(tmp_path / "net"), "--dry_run"])
+
+
+class Sizes:
+    """An extractor whose features are the sizes of the images."""
+
+    name, resize, head, has_positions = "sizes", "none", None, False
+
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        return np.array([image.shape for image in images], np.float32)
+
+    def positions(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        raise NotImplementedError
 
 
 def with_reports(rows: Manifest, report: str) -> Manifest:

@@ -285,6 +285,49 @@ def test_in_domain_attribute_judge(tmp_path: Path) -> None:
         np.testing.assert_allclose(stored.heads["halo"](found).numpy(), expected.numpy(), rtol=1e-3, atol=1e-4)
 
 
+def test_a_net_of_which_tensors_lack_is_refused(tmp_path: Path) -> None:
+    """transformers would fill them up at random, and the cache would keep that."""
+    shared = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = shared | {"image_size": 28, "patch_size": 14}
+    config = transformers.CLIPConfig(text_config=shared | {"vocab_size": 20}, vision_config=vision, projection_dim=8)
+    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    write_processor(tmp_path, 28)
+    features.load_extractor(str(tmp_path))
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for change in ({"num_hidden_layers": 2}, {"intermediate_size": 20}):
+        (tmp_path / "config.json").write_text(json.dumps(saved | {"vision_config": saved["vision_config"] | change}))
+        with pytest.raises(
+            InputError, match=r"model.safetensors does not fit config.json: \d+ tensors, as vision_model"
+        ):
+            features.load_extractor(str(tmp_path))
+
+
+def test_checkpoints_as_trainings_leave_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = timm.create_model("resnet18", pretrained=False).state_dict()
+    body = {name: value for name, value in weights.items() if not name.startswith("fc.")}
+    picture = np.random.default_rng(0).integers(0, 255, (32, 32)).astype(np.uint8)
+    wrapped = {"state_dict": {f"module.{name}": value for name, value in weights.items()}, "epoch": 3}
+    found = {}
+    for name, saved in (("plain", weights), ("wrapped", wrapped), ("without_head", body)):
+        torch.save(saved, tmp_path / f"{name}.pth")
+        found[name] = features.load_extractor("resnet18", tmp_path / f"{name}.pth")([picture])
+    assert np.array_equal(found["plain"], found["wrapped"]) and np.array_equal(found["plain"], found["without_head"])
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(InputError, match="list.pth: holds no state dict"):
+        features.load_extractor("resnet18", tmp_path / "list.pth")
+    save_file(weights, tmp_path / "half.safetensors")
+    whole = (tmp_path / "half.safetensors").read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="half.safetensors: cannot be read"):
+        features.load_extractor("resnet18", tmp_path / "half.safetensors")
+
+
+def test_a_transformer_of_timm_has_no_positions(tmp_path: Path) -> None:
+    torch.save(timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict(), tmp_path / "vit.pth")
+    assert not features.load_extractor("vit_tiny_patch16_224", tmp_path / "vit.pth").has_positions
+
+
 def test_wrong_extractors_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no config.json"):
         features.load_extractor(str(tmp_path))

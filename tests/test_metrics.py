@@ -209,6 +209,7 @@ def test_relative_living_times_of_the_authors_example() -> None:
     np.testing.assert_allclose(found[:4], [0, 1 / 3, 1 / 3, 1 / 3])
     assert not found[4:].any()
     np.testing.assert_allclose(topology.relative_living_times([], 2.0)[:2], [1, 0])
+    np.testing.assert_allclose(topology.relative_living_times([], 0.0)[:2], [1, 0])  # all points are one
     rng = np.random.default_rng(0)
     intervals = np.sort(rng.uniform(0, 5, (40, 2)), axis=1)
     np.testing.assert_allclose(topology.relative_living_times(intervals, 5.0), piq.gs.relative(intervals, 5.0))
