@@ -183,6 +183,7 @@ def test_only_adapters_learn_and_only_from_the_noisier_side(teachers, data, tmp_
     assert not any(p.grad is not None for net in stage.components.networks for p in net.parameters())
 
 
+@pytest.mark.slow  # a minute and more on a slow processor
 def test_the_student_comes_to_draw_in_one_step_what_the_teacher_draws_in_many(teachers, data, tmp_path):
     """The teacher's sampler is the pipeline's, with the guidance that the student has to learn."""
     stage, batch = make_stage(

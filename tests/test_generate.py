@@ -826,6 +826,7 @@ class Pixels:
         return np.stack([conditions.resize_gray(image, 8).ravel() for image in images]).astype(np.float32)
 
 
+@pytest.mark.slow  # a minute and more on a slow processor
 def test_benchmark(data: Manifest, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours and the stock pipelines draw the same recipes, and each is timed, judged and plotted."""
     save_judge(Segmenter(width=4, resolution=SIZE), tmp_path / "segmenter")

@@ -434,6 +434,7 @@ def test_networks_are_brought_in_before_their_parts_are_used(make_pipe):
     assert set(pipe.model_cpu_offload_seq.split("->")) == {"text_encoder", "unet", "vae"}
 
 
+@pytest.mark.slow  # a minute and more on a slow processor
 def test_compiled_blocks_give_the_same(make_pipe):
     pipe = make_pipe("tiny")
     options = {"branches": "fg", "num_inference_steps": 1}

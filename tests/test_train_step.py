@@ -111,6 +111,7 @@ def test_text_to_image_is_our_coarse_step(base):
     assert_same_gradients(stage.model.unet, example.unet)
 
 
+@pytest.mark.slow  # a minute and more on a slow processor
 def test_the_others_do_more_work(base):
     """Two passes and no cache: more FLOPs than one pass and no cache, more than one pass and caches."""
     accelerator = Accelerator(cpu=True)
@@ -150,6 +151,7 @@ def test_mid_shares_its_work_out_as_stable_diffusion_does():
     assert shares(train_step.SIZES["mid"]) == pytest.approx(shares(train_step.SIZES["sd21"]), rel=0.1)
 
 
+@pytest.mark.slow  # a minute and more on a slow processor
 def test_tables(capsys, monkeypatch):
     """Also: each variant counts its own steps, or "alternate" would always train the same encoder."""
     taken = []
