@@ -220,6 +220,10 @@ def from_timm(
     net = net.to(device()).to(memory_format=torch.channels_last).eval()
     config = net.pretrained_cfg
     size = size or int(config["input_size"][-1])
+
+    def early(inputs: Tensor) -> Tensor:
+        return net.forward_intermediates(inputs, indices=[0], intermediates_only=True, stop_early=True)[0]
+
     mean, std = normalisation or (config["mean"], config["std"])
     return NetExtractor(
         name=f"{architecture} {digest_of([source], mean, std)}, {size} px, {RESIZE}",
@@ -227,9 +231,7 @@ def from_timm(
         head=_head(classifier) if isinstance(classifier, nn.Linear) else None,
         prepare=preparation(size, mean, std),
         pooled=net,
-        early=None  # a transformer's patches are no receptive fields
-        if hasattr(net, "patch_embed")
-        else lambda x: net.forward_intermediates(x, indices=[0], intermediates_only=True, stop_early=True)[0],
+        early=None if hasattr(net, "patch_embed") else early,  # a transformer's patches are no receptive fields
     )
 
 

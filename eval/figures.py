@@ -63,11 +63,12 @@ def read_run(saved: Mapping[str, Any]) -> Run:
         if name not in saved:
             return None
         rows = saved[name]
-        if not np.isfinite(np.array(rows["probabilities"], float)).all():
+        p = np.array(rows["probabilities"], float)
+        if not np.isfinite(p).all():
             what = f"the scores of {saved['condition']}, seed {saved['settings']['seed']}, on {name}"
             raise InputError(f"{what}: probabilities that are no numbers; that training failed, make it anew")
         y = np.array([saved["classes"].index(label) for label in rows["label"]], np.int64)
-        return Scores(y, np.array(rows["probabilities"], float), rows["patient_id"], rows["file_name"])
+        return Scores(y, p, rows["patient_id"], rows["file_name"])
 
     test = part("test")
     assert test is not None
@@ -214,11 +215,13 @@ def hosmer_lemeshow(run: Run, negative: str, task: str) -> tuple[float, float]:
     images = statistics.group_members([run.test.patients[i] for i in rows])
     if len(images) < GROUPS:
         return math.nan, math.nan
-    p, rng, found = np.clip(p, 1e-6, 1 - 1e-6), np.random.default_rng(0), []
+    p = np.clip(p, 1e-6, 1 - 1e-6)
+    rng, found = np.random.default_rng(0), []
     for _ in range(CHOICES if len(images) < len(y) else 1):
         chosen = [of_patient[rng.integers(len(of_patient))] for of_patient in images]
         found.append(statistics.hosmer_lemeshow(y[chosen], p[chosen], GROUPS, fitted=False))
-    return float(np.median([chi2 for chi2, _ in found])), float(np.median([p for _, p in found]))
+    chi2, value = np.median(found, axis=0)
+    return float(chi2), float(value)
 
 
 # -------------------------------------------------------------------------------------------------------------- tests

@@ -43,7 +43,7 @@ from eval.judges import (
     trained_by,
 )
 from eval.leakage import refuse_leakage
-from eval.metrics import K, distances, nearest
+from eval.metrics import K, distances, nearest, radii
 from eval.quality import add_extractor
 from tiger.errors import InputError, run
 from tiger.files import atomic_path, write_json
@@ -85,11 +85,10 @@ def realism_scores(x: np.ndarray, train: np.ndarray, k: int = K) -> Values:
     if len(train) <= k:
         raise InputError(f"realism needs more than {k} training images, found {len(train)}")
     train = np.asarray(train, np.float64)
-    blocks = (distances(train[part], train) for part in parts(len(train)))
-    radii = np.concatenate([np.partition(block, k, axis=1)[:, k].copy() for block in blocks])  # the nearest is itself
-    dense = radii <= np.median(radii)
+    reach = radii(train, k)
+    dense = reach <= np.median(reach)
     blocks = (np.maximum(distances(x[part], train[dense]), TINY) for part in parts(len(x)))
-    return np.concatenate([(radii[dense] / block).max(1) for block in blocks])
+    return np.concatenate([(reach[dense] / block).max(1) for block in blocks])
 
 
 def novelty_scores(x: np.ndarray, train: np.ndarray, patients: np.ndarray) -> Values:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -35,10 +35,17 @@ def held_out(manifest: Manifest) -> list[Row]:
     return [row for row in manifest.rows if row.split in ("valid", "test")]
 
 
-def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | None = None) -> list[str]:
+class Checked(NamedTuple):
+    """What a search for leaks that found none can tell besides."""
+
+    unchecked: list[str]  # what could not be checked, a sentence each
+    seen: set[str]  # names of the real rows that a generator is known to have been trained on
+
+
+def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | None = None) -> Checked:
     """Raise one InputError that names the rows by which held-out data could reach a training.
 
-    Returns what could not be checked, a sentence each, which is said on stderr too.
+    What could not be checked is said on stderr too.
     """
     problems = [
         _problem(real, "synthetic rows; give them as --fake", (row for row in real.rows if row.synthetic)),
@@ -53,10 +60,11 @@ def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | 
             _problem(fake, f"rows derived from valid or test images of {real.path}", made_from),
         ]
     hash_of = functools.cache(lambda name: _hash_if_there(real.root / name))  # for all stages of all generators
-    unchecked = [text for fake in fakes for text in unknown_makers(real, fake)]
+    unchecked, every_seen = [text for fake in fakes for text in unknown_makers(real, fake)], set[str]()
     for folder, noted in dict.fromkeys(maker for fake in fakes for maker in generators(fake)):
         for stage in trainings(folder, noted):
             seen = seen_rows(real, stage, hash_of)
+            every_seen |= {row.file_name for row in seen}
             problems.append(trained_on(real, folder, seen))
             unchecked += [text for text in (stage.unknown, unmatched(real, folder, stage, seen)) if text]
     if extra is not None:
@@ -70,7 +78,7 @@ def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | 
     unchecked = list(dict.fromkeys(unchecked))
     for text in unchecked:
         print(f"warning: {text}", file=sys.stderr)
-    return unchecked
+    return Checked(unchecked, every_seen)
 
 
 def _problem(manifest: Manifest, what: str, rows: Iterable[Row]) -> str | None:
@@ -186,13 +194,6 @@ def unmatched(real: Manifest, generator: Path, training: Training, seen: Sequenc
         f"{generator} was trained on {rows.path}, which names {len(shared)} patients as valid or test of {real.path} "
         f"does ({name_rows(shared)}): where they are the same, it has seen held-out patients"
     )
-
-
-def rows_seen(real: Manifest, fake: Manifest) -> set[str]:
-    """Names of the real rows that the generators of synthetic ones are known to have been trained on."""
-    hash_of = functools.cache(lambda name: _hash_if_there(real.root / name))
-    stages = (stage for folder, noted in generators(fake) for stage in trainings(folder, noted))
-    return {row.file_name for stage in stages for row in seen_rows(real, stage, hash_of)}
 
 
 def refuse_copies(

@@ -141,7 +141,7 @@ def nearest(x: Features, among: Features, skip_self: bool = False) -> tuple[NDAr
     return np.concatenate(indices), np.concatenate(values)
 
 
-def _radii(x: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+def radii(x: NDArray[np.float64], k: int) -> NDArray[np.float64]:
     """Distance of each row to its k-th nearest other row."""
     if len(x) <= k:
         raise ValueError(f"k = {k} needs more than {k} images, got {len(x)}")
@@ -152,7 +152,7 @@ def _radii(x: NDArray[np.float64], k: int) -> NDArray[np.float64]:
 def neighbourhoods(real: Features, fake: Features, k: int = K) -> dict[str, float]:
     """density, coverage, precision and recall, from one pass over the distances."""
     real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
-    real_radii, fake_radii = _radii(real, k), _radii(fake, k)
+    real_radii, fake_radii = radii(real, k), radii(fake, k)
     inside = covered = recalled = 0
     precise = np.zeros(len(fake), bool)
     for tile in _tiles(real, fake):

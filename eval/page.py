@@ -193,8 +193,7 @@ def quality_section(results: Results) -> str:
     text = (
         f"Features of {report['extractor']}, images resized by {report['resize']}. CMMD: "
         f"{report['settings']['cmmd']['variant']}. Each value is the {report['value']}. Below it, its interval: "
-        f"{report['interval']}. Floor: "
-        f"{report['floor']}. An arrow points to the better side."
+        f"{report['interval']}. Floor: {report['floor']}. An arrow points to the better side."
         + (f" Left out, for too few images: {left_out}." if left_out else "")
     )
     return section(

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from eval import charts, page, statistics
 from eval.features import features_of, load_extractor
 from eval.images import add_knowledge, group_of, load_native, patients_of, read_split
-from eval.leakage import held_out, refuse_leakage, rows_seen
+from eval.leakage import held_out, refuse_leakage
 from eval.metrics import Features, nearest
 from eval.quality import add_extractor
 from eval.similarity import phash, ssim
@@ -234,10 +234,8 @@ def closest(train: Manifest, fake: Manifest, seen: Seen) -> list[dict[str, Any]]
         size = load_native(fake, one).shape[0]
         pair = {"synthetic": one.file_name, "training": other.file_name, "labels": [one.label, other.label]}
         pair |= {"distance": float(seen.distance[i]), "authentic": bool(seen.authentic[i])}
-        ours, theirs = (
-            read_gray(rows.file(row, "file_name"), size) for rows, row in ((fake, one), (train, other))
-        )  # at one size, and square, whatever they are
-        pair |= {"ssim": ssim(ours, theirs)}
+        square = (read_gray(rows.file(row, "file_name"), size) for rows, row in ((fake, one), (train, other)))
+        pair |= {"ssim": ssim(*square)}
         pairs.append(pair | {"made_after_it": other.file_name in one.derived_from})
     return pairs
 
@@ -338,25 +336,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def seen_alone(train: Manifest, fake: Manifest) -> tuple[Manifest, int]:
-    """The training images that the generator is known to have seen, and how many others there are: they are no members.
-
-    All of them where nothing is known of it.
-    """
-    seen = rows_seen(train, fake)
-    members = tuple(row for row in train.rows if row.file_name in seen)
-    if not members:
-        return train, 0
-    return replace(train, rows=members), len(train.rows) - len(members)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = _parser().parse_args(argv)
     real = read_split(args.real, None, synthetic=False, knowledge=args.knowledge)
     fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
-    train, held = real.select(split="train"), Manifest(real.path, tuple(held_out(real)))
-    train, unseen = seen_alone(train, fake)
+    every, held = real.select(split="train"), Manifest(real.path, tuple(held_out(real)))
+    checked = refuse_leakage(real, [fake])
+    members = tuple(row for row in every.rows if row.file_name in checked.seen)
+    train = replace(every, rows=members or every.rows)  # the others are no members; all, where nothing is known
     if len(train.rows) < 2 or not held.rows:
         raise InputError(
             f"{real.path}: {len(train.rows)} training and {len(held.rows)} held-out images (valid, test); needed are 2 "
@@ -365,7 +353,6 @@ def main(argv: list[str] | None = None) -> None:
     of_train, of_held, of_fake = ({str(row.label) for row in rows} for rows in (train.rows, held.rows, fake.rows))
     if not of_train & of_held or not of_held & of_fake:
         raise InputError(f"{fake.path}: no class is in it and among training and held-out images of {real.path}")
-    unchecked = refuse_leakage(real, [fake])
     extractor = load_extractor(args.extractor, args.extractor_weights)
     if args.dry_run:
         counts = f"{len(train.rows)} training, {len(held.rows)} held-out, {len(fake.rows)} synthetic images"
@@ -377,10 +364,10 @@ def main(argv: list[str] | None = None) -> None:
         "extractor": extractor.name,
         "resize": extractor.resize,
         "interval": "95 %, bootstrap over patients; a synthetic image belongs to that of its map",
-        "unchecked": unchecked,
+        "unchecked": checked.unchecked,
         **measure(train, held, fake, features, args.seed),
     }
-    report["n"] |= {"unseen": unseen}
+    report["n"] |= {"unseen": len(every.rows) - len(train.rows)}
     write_json(args.output, report)
     with atomic_path(Path(args.output).with_suffix(".html")) as temporary:
         temporary.write_text(html(report, train, fake), encoding="utf-8")

@@ -288,17 +288,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.most is not None and args.most < FEWEST:
         raise InputError(f"--most {args.most}: must be {FEWEST} or more")
     sets, left_out = class_sets(real, fake, patients_of(every.rows), args.most)
-    unchecked = refuse_leakage(Manifest(every.path, (*train.rows, *real.rows)), [fake])
+    unchecked = refuse_leakage(Manifest(every.path, (*train.rows, *real.rows)), [fake]).unchecked
     for label, one in left_out.items():
         print(f"warning: class {label} has too few images and is left out: {one}", file=sys.stderr)
-    few = {
-        label: (len(one.real), len(one.fake))
-        for label, one in sets.items()
-        if min(map(len, (one.real, one.fake))) < FEW
-    }
-    for label, (patients, sources) in few.items():
-        told = f"{patients} patients, and synthetic ones drawn after {sources}"
-        print(f"warning: class {label} has images of {told}: its intervals tell little", file=sys.stderr)
+    for label, one in sets.items():
+        if min(len(one.real), len(one.fake)) < FEW:
+            told = f"{len(one.real)} patients, and synthetic ones drawn after {len(one.fake)}"
+            print(f"warning: class {label} has images of {told}: its intervals tell little", file=sys.stderr)
     extractor = load_extractor(args.extractor, args.extractor_weights)
     if args.dry_run:
         print(f"{len(real.rows)} real and {len(fake.rows)} synthetic images, {len(sets)} classes: nothing measured")

@@ -55,7 +55,7 @@ def read_sources(args: argparse.Namespace, fold: int | None) -> Sources:
     extra = read(args.extra_real).select(split="train") if args.extra_real else None
     sources = Sources(real, fakes, extra)
     refuse_unlabelled(sources)
-    return replace(sources, unchecked=tuple(leakage.refuse_leakage(real, list(fakes.values()), extra)))
+    return replace(sources, unchecked=tuple(leakage.refuse_leakage(real, list(fakes.values()), extra).unchecked))
 
 
 def rare_classes(args: argparse.Namespace, real: Manifest, classes: Sequence[str]) -> tuple[str, ...]:

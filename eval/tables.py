@@ -129,8 +129,7 @@ def table2(quality: Mapping[str, Report], paper: Published) -> Table:
         "Image quality by class. SSIM: with the real image whose Sobel map it was drawn after, else with a random one. "
         f"GS: geometry score. Features of {extractors}; the paper's CMMD is of CLIP's. Of the paper, the coarse "
         "stage's row is its SD-S, which its text calls the stable diffusion model, a footnote one with segmentation. "
-        "Floor: the same between real "
-        f"images; of SSIM, between random ones of the class. {NOTE}"
+        f"Floor: the same between real images; of SSIM, between random ones of the class. {NOTE}"
     )
     return Table("table2", caption, columns, rows)
 
