@@ -35,6 +35,7 @@ from typing import Any
 from eval import arms, figures, runs
 from eval.arms import AUGMENTATIONS, PLAIN, POLICIES, UPPER
 from eval.classifier import MODELS, Recipe
+from eval.leakage import unknown_weights
 from eval.runs import SHARES, Study
 from eval.sources import (
     Test,
@@ -258,8 +259,9 @@ def check(
     tested = {label: sum(fold["test"][label] for fold in sizes) for label in sizes[0]["test"]}
     kept = {condition: mean_sizes(found) for condition, found in kept_by.items()}
     warn_of_unequal(work, {condition: of["added"] for condition, of in kept.items()})
-    unchecked = list(dict.fromkeys(text for of_fold in sources.values() for text in of_fold.unchecked))
-    return Checked(settings, tests, mean_sizes(sizes) | {"test": tested}, kept, unchecked)
+    unchecked = dict.fromkeys(text for of_fold in sources.values() for text in of_fold.unchecked)
+    told = [*unchecked, *unknown_weights(args.weights)]
+    return Checked(settings, tests, mean_sizes(sizes) | {"test": tested}, kept, told)
 
 
 def mean_sizes(found: Sequence[dict[str, Sizes]]) -> dict[str, Sizes]:

@@ -81,6 +81,15 @@ def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | 
     return Checked(unchecked, every_seen)
 
 
+def unknown_weights(path: str | None) -> list[str]:
+    """What a checkpoint that came from elsewhere leaves unsaid, on stderr too; nothing where there is none."""
+    if path is None:
+        return []
+    text = f"what {path} was trained on is not known: it must have seen no image and no patient of valid or test"
+    print(f"warning: {text}", file=sys.stderr)
+    return [text]
+
+
 def _problem(manifest: Manifest, what: str, rows: Iterable[Row]) -> str | None:
     names = [row.file_name for row in rows]
     return f"{manifest.path}: {what}: {name_rows(names)}" if names else None

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from eval import charts, page, statistics
 from eval.features import features_of, load_extractor
 from eval.images import add_knowledge, group_of, load_native, patients_of, read_split
-from eval.leakage import held_out, refuse_leakage
+from eval.leakage import held_out, refuse_leakage, unknown_weights
 from eval.metrics import Features, nearest
-from eval.quality import add_extractor
+from eval.quality import add_extractor, checkpoint_of
 from eval.similarity import phash, ssim
 from tiger.conditions import read_gray
 from tiger.errors import InputError, run
@@ -354,6 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     if not of_train & of_held or not of_held & of_fake:
         raise InputError(f"{fake.path}: no class is in it and among training and held-out images of {real.path}")
     extractor = load_extractor(args.extractor, args.extractor_weights)
+    unchecked = [*checked.unchecked, *unknown_weights(checkpoint_of(args))]
     if args.dry_run:
         counts = f"{len(train.rows)} training, {len(held.rows)} held-out, {len(fake.rows)} synthetic images"
         print(f"{counts}: nothing measured")
@@ -364,7 +365,7 @@ def main(argv: list[str] | None = None) -> None:
         "extractor": extractor.name,
         "resize": extractor.resize,
         "interval": "95 %, bootstrap over patients; a synthetic image belongs to that of its map",
-        "unchecked": checked.unchecked,
+        "unchecked": unchecked,
         **measure(train, held, fake, features, args.seed),
     }
     report["n"] |= {"unseen": len(every.rows) - len(train.rows)}

