@@ -53,7 +53,9 @@ NAMES = {  # as tables and pages have them; a set of synthetic images that is no
     "tiger_f": "Tiger-F",
     "emphasised": "Tiger-F, emphasis",  # generation.py --emphasis
     "perturbed": "Tiger-F, frequencies off by up to 30 %",  # benchmarks/perturb.py
+    "perturbed_emphasised": "Tiger-F, emphasis, frequencies off by up to 30 %",
     "perfect": "drawn exactly as Tiger-F was asked",  # benchmarks/ceiling.py
+    "perfect_emphasised": "drawn exactly as Tiger-F with emphasis was asked",
     "real_upper": "further real images",
 }
 MODE = v2.InterpolationMode.BILINEAR
