@@ -1,20 +1,24 @@
 """How well does a base listen to its prompts?
 
     python -m benchmarks.prompts --model assets/tiny-base --data_dir runs/base/data
+    python -m benchmarks.prompts --model runs/study/coarse0 --data_dir runs/study/data --term macrocalcification
 
-Two measures on held-out rows. `rise`: how much the squared error near the lesion rises, in percent, when one term of
+Three measures on held-out rows. `rise`: how much the squared error near the lesion rises, in percent, when one term of
 the prompt is replaced by another one of its category, noise and all else equal; where a term changes nothing the U-Net
 does not read it. Its standard error is over images. `seen`: share of images drawn from the prompts in which the
 attribute net sees the term that was asked for; beside it that share of the real images and of their reconstructions.
+`kept`: the same share of what the U-Net makes, in one step, of the images with little noise added (timestep 200): what
+it takes for noise there, it cannot draw either.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -32,6 +36,7 @@ from tiger.manifest import Manifest
 from tiger.tokenizer import encode_text
 
 TIMESTEPS = (150, 300, 450, 600, 750, 900)
+KEPT_FROM = 200  # the timestep that `kept` starts from: latents are 86 % themselves, 51 % noise
 BATCH = 20
 
 
@@ -58,29 +63,37 @@ def errors(parts: Components, latents: Tensor, weights: Tensor, states: Tensor, 
     return (error * weights).sum((1, 2, 3)) / weights.sum((1, 2, 3))
 
 
-def rises(parts: Components, rows: Manifest, knowledge: Knowledge, categories: Sequence[str]) -> dict[str, list[float]]:
+@torch.no_grad()
+def latents_of(parts: Components, rows: Manifest) -> Tensor:
+    """(N, C, h, w): the images, encoded."""
+    images = load_images(rows, parts.vae.config["sample_size"])
+    pixels = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
+    encoded = torch.cat([parts.vae.encode(x, return_dict=False)[0].mode() for x in pixels.split(BATCH)])
+    return encoded * parts.vae.config["scaling_factor"]
+
+
+@torch.no_grad()
+def states_of(parts: Components, texts: Sequence[str]) -> Tensor:
+    """(N, tokens, D): the prompts, encoded."""
+    batches = [texts[i : i + BATCH] for i in range(0, len(texts), BATCH)]
+    return torch.cat([encode_text(list(batch), parts.tokenizer, parts.text_encoder) for batch in batches])
+
+
+def rises(
+    parts: Components, rows: Manifest, latents: Tensor, knowledge: Knowledge, categories: Sequence[str]
+) -> dict[str, list[float]]:
     """category -> [rise in percent, its standard error]."""
     size = parts.vae.config["sample_size"]
-    pixels = torch.from_numpy(load_images(rows, size).astype(np.float32) / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
-    with torch.no_grad():
-        encoded = torch.cat([parts.vae.encode(x, return_dict=False)[0].mode() for x in pixels.split(BATCH)])
-    latents = encoded * parts.vae.config["scaling_factor"]
     near = np.stack([grow(mask.astype(np.uint8), size // 16) for mask in load_masks(rows, size)])
     weights = F.adaptive_avg_pool2d(torch.from_numpy(near).float()[:, None], latents.shape[-1])
     rng = np.random.default_rng(0)
 
     def states(changes: dict[str, list[str]]) -> Tensor:
-        texts = [
-            ", ".join(knowledge.compose(str(row.label), {**row.attributes, **{k: v[i] for k, v in changes.items()}}))
-            for i, row in enumerate(rows.rows)
+        changed = [
+            {**row.attributes, **{name: terms[i] for name, terms in changes.items()}} for i, row in enumerate(rows.rows)
         ]
-        with torch.no_grad():
-            return torch.cat(
-                [
-                    encode_text(texts[i : i + BATCH], parts.tokenizer, parts.text_encoder)
-                    for i in range(0, len(texts), BATCH)
-                ]
-            )
+        parts_of = (knowledge.compose(str(row.label), of) for row, of in zip(rows.rows, changed, strict=True))
+        return states_of(parts, [", ".join(words) for words in parts_of])
 
     own = states({})
     base = {t: errors(parts, latents, weights, own, t) for t in TIMESTEPS}
@@ -91,6 +104,23 @@ def rises(parts: Components, rows: Manifest, knowledge: Knowledge, categories: S
         scale = 100 / torch.stack(list(base.values())).mean()
         found[name] = [float(rise.mean() * scale), float(rise.std() / len(rise) ** 0.5 * scale)]
     return found
+
+
+@torch.no_grad()
+def kept(parts: Components, rows: Manifest, latents: Tensor) -> np.ndarray:
+    """(N, S, S) uint8: the images after noise of timestep KEPT_FROM and one step of the U-Net with their prompts."""
+    scheduler: Any = DDIMScheduler.from_config(parts.noise_schedule.config, clip_sample=False)
+    scheduler.set_timesteps(scheduler.config["num_train_timesteps"])
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    noisy = diffusion.add_noise(parts.noise_schedule, latents, noise, torch.full((len(latents),), KEPT_FROM))
+    states = states_of(parts, [row.text for row in rows.rows])
+    images = []
+    for x, own in zip(noisy.split(BATCH), states.split(BATCH), strict=True):
+        prediction = parts.unet(x, KEPT_FROM, own).sample
+        clean = scheduler.step(prediction, KEPT_FROM, x).pred_original_sample / parts.vae.config["scaling_factor"]
+        pixels = parts.vae.decode(clean, return_dict=False)[0]
+        images.append(((pixels.mean(1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
+    return np.concatenate(images)
 
 
 def drawn(model: str, rows: Manifest, steps: int, guidance_scale: float) -> np.ndarray:
@@ -116,19 +146,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_dir", required=True, help="phantom data set")
     parser.add_argument("--split", default="valid", help="rows that the base was not trained on (default: %(default)s)")
     parser.add_argument("--most", type=int, default=300, help="rows, evenly spread (default: %(default)s)")
+    parser.add_argument("--term", help="only rows that have this term, such as macrocalcification")
     parser.add_argument("--steps", type=int, default=20, help="of DDIM (default: %(default)s)")
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     args = parser.parse_args(argv)
     if args.most < 2:
         raise InputError(f"--most {args.most}: must be at least 2")
     every = read_split(args.data_dir, args.split, synthetic=False)
-    rows = Manifest(every.path, every.rows[:: max(1, len(every.rows) // args.most)][: args.most])
+    found = [row for row in every.rows if args.term in (None, *row.attributes.values())]
+    if len(found) < 2:
+        raise InputError(f"--term {args.term}: {len(found)} rows of {every.path} have it, needed are 2")
+    rows = Manifest(every.path, tuple(found[:: max(1, len(found) // args.most)][: args.most]))
     knowledge, net = Knowledge.load("thyroid"), load_attribute_net("assets/judges/attributes")
     parts = load_components(args.model)
-    listed = rises(parts, rows, knowledge, list(net.categories))
+    latents = latents_of(parts, rows)
+    listed = rises(parts, rows, latents, knowledge, list(net.categories))
     real = load_images(rows, net.resolution)
     sets = {
         "drawn": drawn(args.model, rows, args.steps, args.guidance_scale),
+        "kept": kept(parts, rows, latents),
         "reconstructed": reconstruct(parts.vae, real),
         "real": real,
     }
