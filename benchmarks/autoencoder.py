@@ -8,18 +8,32 @@ import argparse
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
 
 from eval import attributes
 from eval.images import load_images, load_masks, read_split
 from eval.judges import load_attribute_net, load_segmenter, mask_iou, segment
 
+BATCH = 16
+
 
 @torch.no_grad()
+def encode(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
+    """(N, S, S) uint8 -> (N, C, h, w) latents, not scaled."""
+    x = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
+    return torch.cat([vae.encode(part).latent_dist.mean for part in x.split(BATCH)])
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
+    """(N, C, h, w) latents, not scaled -> (N, S, S) uint8."""
+    y = torch.cat([vae.decode(part).sample for part in latents.split(BATCH)])
+    return ((y.mean(1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+
+
 def reconstruct(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
     """(N, S, S) uint8 -> the same, encoded and decoded."""
-    x = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
-    y = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(16)])
-    return ((y.mean(1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    return decode(vae, encode(vae, images))
 
 
 def main() -> None:

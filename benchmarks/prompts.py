@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.autoencoder import reconstruct
+from benchmarks.autoencoder import decode, encode, reconstruct
 from eval.attributes import measure
 from eval.images import load_images, load_masks, read_split
 from eval.judges import load_attribute_net
@@ -40,10 +40,10 @@ KEPT_FROM = 200  # the timestep that `kept` starts from: latents are 86 % themse
 BATCH = 20
 
 
-def other_terms(rows: Manifest, category: str, rng: np.random.Generator) -> list[str]:
-    """For each row another term of the category, one that occurs in these rows."""
+def other_terms(rows: Manifest, category: str, among: Manifest, rng: np.random.Generator) -> list[str]:
+    """For each row another term of the category, one that occurs among the rows of `among`."""
     stated = [row.attributes[category] for row in rows.rows]
-    terms = sorted(set(stated))
+    terms = sorted({row.attributes[category] for row in among.rows})
     if len(terms) < 2:
         return stated
     return [str(rng.choice([term for term in terms if term != own])) for own in stated]
@@ -63,13 +63,10 @@ def errors(parts: Components, latents: Tensor, weights: Tensor, states: Tensor, 
     return (error * weights).sum((1, 2, 3)) / weights.sum((1, 2, 3))
 
 
-@torch.no_grad()
 def latents_of(parts: Components, rows: Manifest) -> Tensor:
-    """(N, C, h, w): the images, encoded."""
+    """(N, C, h, w): the images, encoded and scaled."""
     images = load_images(rows, parts.vae.config["sample_size"])
-    pixels = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
-    encoded = torch.cat([parts.vae.encode(x, return_dict=False)[0].mode() for x in pixels.split(BATCH)])
-    return encoded * parts.vae.config["scaling_factor"]
+    return encode(parts.vae, images) * parts.vae.config["scaling_factor"]
 
 
 @torch.no_grad()
@@ -80,9 +77,14 @@ def states_of(parts: Components, texts: Sequence[str]) -> Tensor:
 
 
 def rises(
-    parts: Components, rows: Manifest, latents: Tensor, knowledge: Knowledge, categories: Sequence[str]
+    parts: Components,
+    rows: Manifest,
+    latents: Tensor,
+    knowledge: Knowledge,
+    categories: Sequence[str],
+    among: Manifest,
 ) -> dict[str, list[float]]:
-    """category -> [rise in percent, its standard error]."""
+    """category -> [rise in percent, its standard error]; terms are replaced by others that occur in `among`."""
     size = parts.vae.config["sample_size"]
     near = np.stack([grow(mask.astype(np.uint8), size // 16) for mask in load_masks(rows, size)])
     weights = F.adaptive_avg_pool2d(torch.from_numpy(near).float()[:, None], latents.shape[-1])
@@ -99,7 +101,7 @@ def rises(
     base = {t: errors(parts, latents, weights, own, t) for t in TIMESTEPS}
     found = {}
     for name in tqdm(categories, desc="change terms"):
-        changed = states({name: other_terms(rows, name, rng)})
+        changed = states({name: other_terms(rows, name, among, rng)})
         rise = torch.stack([errors(parts, latents, weights, changed, t) - base[t] for t in TIMESTEPS]).mean(0)
         scale = 100 / torch.stack(list(base.values())).mean()
         found[name] = [float(rise.mean() * scale), float(rise.std() / len(rise) ** 0.5 * scale)]
@@ -114,13 +116,11 @@ def kept(parts: Components, rows: Manifest, latents: Tensor) -> np.ndarray:
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     noisy = diffusion.add_noise(parts.noise_schedule, latents, noise, torch.full((len(latents),), KEPT_FROM))
     states = states_of(parts, [row.text for row in rows.rows])
-    images = []
-    for x, own in zip(noisy.split(BATCH), states.split(BATCH), strict=True):
-        prediction = parts.unet(x, KEPT_FROM, own).sample
-        clean = scheduler.step(prediction, KEPT_FROM, x).pred_original_sample / parts.vae.config["scaling_factor"]
-        pixels = parts.vae.decode(clean, return_dict=False)[0]
-        images.append(((pixels.mean(1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
-    return np.concatenate(images)
+    clean = [
+        scheduler.step(parts.unet(x, KEPT_FROM, own).sample, KEPT_FROM, x).pred_original_sample
+        for x, own in zip(noisy.split(BATCH), states.split(BATCH), strict=True)
+    ]
+    return decode(parts.vae, torch.cat(clean) / parts.vae.config["scaling_factor"])
 
 
 def drawn(model: str, rows: Manifest, steps: int, guidance_scale: float) -> np.ndarray:
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     knowledge, net = Knowledge.load("thyroid"), load_attribute_net("assets/judges/attributes")
     parts = load_components(args.model)
     latents = latents_of(parts, rows)
-    listed = rises(parts, rows, latents, knowledge, list(net.categories))
+    listed = rises(parts, rows, latents, knowledge, list(net.categories), every)
     real = load_images(rows, net.resolution)
     sets = {
         "drawn": drawn(args.model, rows, args.steps, args.guidance_scale),

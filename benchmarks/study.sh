@@ -52,7 +52,8 @@ for seed in 0 1 2; do
     generate "controlnet$seed" data 400 "sd_emphasised$seed" "$seed" --branches fg --emphasis 0.5
     python -m benchmarks.ceiling requests --fake "$R/emphasised$seed" --output_dir "$R/perfect_emphasised$seed" --seed "$seed"
     generate "fine$seed" data 400 "perturbed_emphasised$seed" "$seed" --knowledge "$R/thyroid-$seed.yaml" --emphasis 0.5
-    for arm in tiger_f tiger_n sd_controlnet perfect perturbed {,sd_,perfect_,perturbed_}emphasised; do
+    for arm in tiger_f tiger_n sd_controlnet perfect perturbed \
+        emphasised sd_emphasised perfect_emphasised perturbed_emphasised; do
         sets+=("${arm}_$seed=$R/$arm$seed")
     done
     sets+=("coarse_$seed=$R/coarse_images$seed")

@@ -39,8 +39,10 @@ class Reads(nn.Module):
 
 def test_terms_are_replaced_by_others_that_occur(rows: Manifest) -> None:
     own = [row.attributes["halo"] for row in rows.rows]
-    others = prompts.other_terms(rows, "halo", np.random.default_rng(0))
+    others = prompts.other_terms(rows, "halo", rows, np.random.default_rng(0))
     assert all(other != term for other, term in zip(others, own, strict=True)) and set(others) <= set(own)
+    thick = Manifest(rows.path, tuple(row for row in rows.rows if row.attributes["halo"] == own[0]))
+    assert own[0] not in prompts.other_terms(thick, "halo", rows, np.random.default_rng(0))  # as with --term
 
 
 def test_only_a_network_that_reads_its_prompt_has_a_rise(rows: Manifest) -> None:
@@ -48,7 +50,7 @@ def test_only_a_network_that_reads_its_prompt_has_a_rise(rows: Manifest) -> None
     latents, found = prompts.latents_of(parts, rows), {}
     for weight in (0.0, 5.0):
         parts.unet = Reads(weight)  # type: ignore[assignment]
-        found[weight] = prompts.rises(parts, rows, latents, knowledge, ["halo", "brightness"])
+        found[weight] = prompts.rises(parts, rows, latents, knowledge, ["halo", "brightness"], rows)
     assert found[0.0] == {"halo": [0, 0], "brightness": [0, 0]}
     assert all(rise != 0 and error > 0 for rise, error in found[5.0].values())
 
@@ -56,7 +58,7 @@ def test_only_a_network_that_reads_its_prompt_has_a_rise(rows: Manifest) -> None
 def test_the_embedded_base_reads_what_an_image_plainly_shows(rows: Manifest) -> None:
     parts = load_components(str(ROOT / "assets/tiny-base"))
     latents, knowledge = prompts.latents_of(parts, rows), Knowledge.load("thyroid")
-    ((rise, error),) = prompts.rises(parts, rows, latents, knowledge, ["brightness"]).values()
+    ((rise, error),) = prompts.rises(parts, rows, latents, knowledge, ["brightness"], rows).values()
     assert rise > 3 * error > 0
 
 
