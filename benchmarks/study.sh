@@ -89,7 +89,7 @@ if [[ -f $R/classify/report.json ]]; then
     # make a family was decided after its first results, so give both p.
     for arm in tiger_f emphasised; do
         python -m benchmarks.generators --scores "$R/classify/report_scores.csv" --output "$R/aims_$arm.json" \
-            --arms "$arm" --against none oversampling sd_controlnet
+            --arms "$arm" --against none oversampling sd_controlnet --margins 0.1 0.03 0.02
     done
 fi
 for report in classify/report classify/real_share amounts/report; do

@@ -1,6 +1,7 @@
 """Several generators as one arm: their mean, and what three of them can tell."""
 
 import lzma
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ def study(gains: tuple[float, ...], seeds: int = 3) -> list[Run]:
 
 
 def difference(runs: list[Run]) -> dict[str, float]:
-    found = generators.summarise(generators.draw(runs, "benign", 300), ["oversampling"])
+    found = generators.summarise(generators.draw(runs, "benign", 300), {"oversampling": 0.0})
     return next(one for one in found["differences"] if (one["arm"], one["figure"]) == ("tiger_f", "benign-FTC"))
 
 
 def test_generators_are_one_arm_whose_figure_is_their_mean() -> None:
     runs = study((0.8, 1.1, 1.4))
-    found = generators.summarise(generators.draw(runs, "benign", 300), ["oversampling"])
+    found = generators.summarise(generators.draw(runs, "benign", 300), {"oversampling": 0.0})
     assert list(found["arms"]) == ["oversampling", "real_upper", "tiger_f"]
     auc = {
         arm: np.mean([statistics.auc(one.test.y, one.test.p[:, 1]) for one in runs if one.condition.startswith(arm)])
@@ -43,7 +44,7 @@ def test_generators_are_one_arm_whose_figure_is_their_mean() -> None:
         assert entry["benign-FTC"]["value"] == entry["macro"]["value"] == pytest.approx(auc[arm])
         assert entry["benign-FTC"]["low"] < auc[arm] < entry["benign-FTC"]["high"]
     share = (auc["tiger_f"] - auc["oversampling"]) / (auc["real_upper"] - auc["oversampling"])
-    assert found["shares"]["tiger_f"]["benign-FTC"]["value"] == pytest.approx(share, rel=1e-6)
+    assert found["shares"]["oversampling"]["tiger_f"]["benign-FTC"]["value"] == pytest.approx(share, rel=1e-6)
     of_figure = [one for one in found["differences"] if one["figure"] == "macro"]
     assert [one["p_holm"] for one in of_figure] == pytest.approx(statistics.holm([one["p"] for one in of_figure]))
 
@@ -51,7 +52,7 @@ def test_generators_are_one_arm_whose_figure_is_their_mean() -> None:
 def test_differences_of_a_figure_are_one_family_and_a_pair_is_tested_once() -> None:
     drawn = generators.draw(study((0.5, 0.6, 0.7)), "benign", 300)
     family = [
-        one for one in generators.summarise(drawn, ["oversampling", "real_upper"])["differences"]
+        one for one in generators.summarise(drawn, {"oversampling": 0.0, "real_upper": 0.0})["differences"]
         if one["figure"] == "macro"
     ]  # fmt: skip
     pairs = [(one["arm"], one["against"]) for one in family]
@@ -84,6 +85,34 @@ def test_chosen_arms_are_a_family_of_their_own(tmp_path: Path) -> None:
         generators.main([*arguments, str(tmp_path / "out.json"), "--arms", "sd"])
 
 
+def test_a_share_has_fiellers_interval() -> None:
+    """Beside the closed form, of means whose variance is as good as known."""
+    rng = np.random.default_rng(0)
+    deviations = rng.multivariate_normal([0, 0, 0], 4e-4 * np.array([[2, 1, 1], [1, 2, 1], [1, 1, 2]]), 500).T
+    values = np.array([[0.75], [0.65], [0.8]]) + np.hstack([np.zeros((3, 1)), deviations])
+    arm, plain, upper = ({None: one[None]} for one in values)
+    gain, most = values[0] - values[1], values[2] - values[1]
+    (v, c), (_, w) = np.cov(gain[1:], most[1:])
+    z, a, b = statistics.Z, gain[0], most[0]
+    ends = np.sort(np.roots([b**2 - z**2 * w, 2 * (z**2 * c - a * b), a**2 - z**2 * v]))
+    found = generators.share(arm, plain, upper)
+    assert found == pytest.approx({"value": a / b, "low": ends[0], "high": ends[1]}, rel=1e-6)
+    assert found["high"] - found["value"] > 1.1 * (found["value"] - found["low"])
+    vague = generators.share(arm, plain, {None: 0.65 + 0.3 * (values[2:] - 0.65)})
+    assert vague["high"] == math.inf > vague["value"]
+
+
+def test_a_margin_is_tested_too() -> None:
+    drawn = generators.draw(study((0.8, 0.9, 1.0)), "benign", 300)["macro"]
+    tiger, plain = drawn["tiger_f"], drawn["oversampling"]
+    found = generators.estimate(np.subtract, tiger, plain, margin=0.05)
+    below = generators.estimate(np.subtract, tiger, {None: plain[None] + 0.05})
+    assert found["value"] > 0.05 and 1e-6 < found["p_beyond"] < 0.2
+    assert found["p_beyond"] == pytest.approx(below["p"] / 2)
+    assert generators.estimate(np.subtract, tiger, plain, margin=found["value"])["p_beyond"] == pytest.approx(0.5)
+    assert generators.estimate(np.subtract, tiger, plain, margin=0.5)["p_beyond"] > 0.99
+
+
 def test_generators_that_disagree_weaken_a_test() -> None:
     alike, apart = difference(study((1.1, 1.1, 1.1))), difference(study((0.6, 1.1, 1.6)))
     assert alike["value"] == pytest.approx(apart["value"], abs=0.03)
@@ -105,7 +134,7 @@ def test_an_arm_of_one_generator_is_called_that(tmp_path: Path, capsys: pytest.C
     pairs = {(one["arm"], one["against"]): one["generators"] for one in found["differences"]}
     assert pairs["tiger_f", "oversampling"] == 2 and pairs["real_upper", "oversampling"] == 0
     assert pairs["tiger_f", "coarse"] == pairs["coarse", "oversampling"] == 1
-    assert found["shares"]["coarse"]["macro"]["generators"] == 1
+    assert found["shares"]["oversampling"]["coarse"]["macro"]["generators"] == 1
     coarse = "Stable Diffusion (coarse stage), one generator"
     assert f"| {coarse} | " in told and f"| minus {coarse} | " in told and "| oversampling | " in told
     assert told.splitlines()[-1].startswith("One generator: intervals and p do not cover")
@@ -119,6 +148,11 @@ def test_a_missing_training_and_an_unknown_arm_are_refused(tmp_path: Path) -> No
     save(runs, tmp_path / "scores.csv")
     with pytest.raises(InputError, match="--against sd: .* has oversampling, real_upper, tiger_f"):
         generators.main([*arguments, "--against", "sd"])
+    with pytest.raises(InputError, match="--margins: 2 numbers for 1 arms of --against; give one each"):
+        generators.main([*arguments, "--against", "oversampling", "--margins", "0.1", "0.03"])
+    mixed = [*runs, *(make_run("tiger_f", 0.9, seed) for seed in range(3))]
+    with pytest.raises(InputError, match="arm tiger_f: some of its trainings name a generator and some do not"):
+        generators.draw(mixed, "benign", 10)
 
 
 def save(runs: list[Run], path: Path) -> None:
@@ -148,7 +182,7 @@ def test_tables_are_printed_and_saved(tmp_path: Path, capsys: pytest.CaptureFixt
     entry = read_json(output)["arms"]["tiger_f"]["benign-FTC"]
     assert f"| Tiger-F, 2 generators | {entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}] |" in told
     assert "| minus oversampling | benign-FTC | macro |" in told
-    assert "| share of what further real images gain | benign-FTC | macro |" in told
+    assert "| share of what further real images gain over oversampling | benign-FTC | macro |" in told
     assert "ne generator" not in told
 
 
@@ -223,7 +257,7 @@ def test_generators_are_paired_by_number() -> None:
     drawn = generators.draw([*runs, *two], "benign", 100)
     found = {
         (one["arm"], one["against"]): one
-        for one in generators.summarise(drawn, ["coarse"])["differences"]
+        for one in generators.summarise(drawn, {"coarse": 0.0})["differences"]
         if one["figure"] == "macro"
     }
     tiger, coarse = (
@@ -231,9 +265,16 @@ def test_generators_are_paired_by_number() -> None:
     )  # fmt: skip
     entry = found["tiger_f", "coarse"]
     assert entry["value"] == pytest.approx(tiger - coarse) and entry["generators"] == 2
+    first = generators.draw([*runs, *(make_run("coarse_0", 0.9, seed, noise=seed) for seed in range(3))], "benign", 100)
+    (entry,) = (
+        one for one in generators.summarise(first, {"coarse": 0.0}, ["tiger_f"])["differences"]
+        if one["figure"] == "macro"
+    )  # fmt: skip
+    tiger, coarse = (first["macro"][arm][0][:, 0].mean() for arm in ("tiger_f", "coarse"))
+    assert entry["value"] == pytest.approx(tiger - coarse) and entry["generators"] == 1
     others = [make_run(f"coarse_{k}", 0.9, seed) for seed in range(3) for k in (7, 8)]
     with pytest.raises(InputError, match=r"generators .*\[7, 8\].* have no number in common"):
-        generators.summarise(generators.draw([*runs, *others], "benign", 10), ["coarse"])
+        generators.summarise(generators.draw([*runs, *others], "benign", 10), {"coarse": 0.0})
 
 
 def test_one_seed_and_other_test_images_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
