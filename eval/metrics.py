@@ -1,7 +1,8 @@
 """Distances between two sets of images, over their features: pure functions of (N, D) arrays.
 
 Every matrix of distances is made in tiles of at most CELLS numbers, so 30,000 × 30,000 images need no more memory than
-their features in double precision and a few tiles.
+their features in double precision and a few tiles. Sets that are not two of (N, D), N ≥ 2, finite and of one D raise
+ValueError.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +18,25 @@ CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # google-research/cmmd, distance.py
 POINTS = 15  # sizes that FID∞ is extrapolated from, as its authors
 
 
+def _two_sets(a: Features, b: Features) -> tuple[Features, Features]:
+    """Both as they are. Raises ValueError where they are not two sets of features of one kind."""
+    a, b = np.asarray(a), np.asarray(b)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"need two sets of features, (N, D) with N ≥ 2 and one D; got {a.shape} and {b.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("features that are no numbers")
+    return a, b
+
+
+def _centred(a: Features, b: Features) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Copies without their common mean: no distance changes, and rounding is that of the spread, not of the offset."""
+    first, second = np.array(a, np.float64), np.array(b, np.float64)
+    mean = (first.sum(0) + second.sum(0)) / (len(first) + len(second))
+    first -= mean
+    second -= mean
+    return first, second
+
+
 # ----------------------------------------------------------------------------------------------------------------- FID
 
 
@@ -27,7 +47,7 @@ def fid(a: Features, b: Features) -> float:
     N < D too; taller matrices are first reduced to their D×D triangular factors.
     """
     factors, means, traces = [], [], []
-    for x in (np.asarray(a, np.float64), np.asarray(b, np.float64)):
+    for x in (np.asarray(one, np.float64) for one in _two_sets(a, b)):
         centred = (x - x.mean(0)) / np.sqrt(len(x) - 1)
         factors.append(np.linalg.qr(centred, mode="r") if len(x) > x.shape[1] else centred)
         means.append(x.mean(0))
@@ -60,7 +80,8 @@ def kid(a: Features, b: Features) -> float:
     """Kernel distance: unbiased MMD² with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018), of all images at once; the
     original code takes the mean over subsets. It may be negative.
     """
-    return _mmd2(a, b, _cubic)[1]
+    a, b = _two_sets(a, b)
+    return _mmd2(np.asarray(a, np.float64), np.asarray(b, np.float64), _cubic)[1]
 
 
 def _cubic(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -81,13 +102,12 @@ def cmmd(a: Features, b: Features, unbiased: bool = False) -> float:
 def cmmd_estimates(a: Features, b: Features) -> tuple[float, float]:
     """(biased, unbiased) CMMD, for the price of one."""
     gamma = 1 / (2 * CMMD_SIGMA**2)
-    biased, unbiased = _mmd2(a, b, lambda x, y: np.exp(-gamma * _squared_distances(x, y)))
+    biased, unbiased = _mmd2(*_centred(*_two_sets(a, b)), lambda x, y: np.exp(-gamma * _squared_distances(x, y)))
     return CMMD_SCALE * biased, CMMD_SCALE * unbiased
 
 
-def _mmd2(a: Features, b: Features, kernel: Kernel) -> tuple[float, float]:
+def _mmd2(a: NDArray[np.float64], b: NDArray[np.float64], kernel: Kernel) -> tuple[float, float]:
     """(V-statistic, U-statistic): the latter leaves out each image's kernel with itself."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     biased = unbiased = -2 * sum(float(kernel(a[tile], b).sum()) for tile in _tiles(a, b)) / (len(a) * len(b))
     for x in (a, b):
         total = diagonal = 0.0
@@ -129,9 +149,9 @@ def nearest(x: Features, among: Features, skip_self: bool = False) -> tuple[NDAr
     Args:
         skip_self: `x` and `among` are the same rows, and none is its own neighbour.
     """
-    x, among = np.asarray(x, np.float64), np.asarray(among, np.float64)
     indices, values = [np.zeros(0, np.int64)], [np.zeros(0)]
-    for tile in _tiles(x, among) if len(among) else ():
+    x, among = _centred(x, among) if len(among) else (x[:0], among)
+    for tile in _tiles(x, among):
         block = distances(x[tile], among)
         if skip_self:
             rows = np.arange(len(block))
@@ -143,15 +163,15 @@ def nearest(x: Features, among: Features, skip_self: bool = False) -> tuple[NDAr
 
 def radii(x: NDArray[np.float64], k: int) -> NDArray[np.float64]:
     """Distance of each row to its k-th nearest other row."""
-    if len(x) <= k:
-        raise ValueError(f"k = {k} needs more than {k} images, got {len(x)}")
+    if not 1 <= k < len(x):
+        raise ValueError(f"k must be 1 or more and less than the number of images; got k = {k}, {len(x)} images")
     # The nearest is the row itself. A column alone would be a view that keeps its whole tile in memory.
     return np.concatenate([np.partition(distances(x[tile], x), k, axis=1)[:, k].copy() for tile in _tiles(x, x)])
 
 
 def neighbourhoods(real: Features, fake: Features, k: int = K) -> dict[str, float]:
     """density, coverage, precision and recall, from one pass over the distances."""
-    real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
+    real, fake = _centred(*_two_sets(real, fake))
     real_radii, fake_radii = radii(real, k), radii(fake, k)
     inside = covered = recalled = 0
     precise = np.zeros(len(fake), bool)

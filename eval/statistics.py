@@ -3,7 +3,8 @@
 auc, low, high = delong_ci(y, scores)
 auc, low, high = cluster_bootstrap_ci(auc, y, scores, patients, n=2000, seed=0)   # when patients have several images
 
-`y` is 1 for positives and 0 for negatives; a higher score means more positive. Intervals are 95 %.
+`y` is 1 for positives and 0 for negatives; a higher score means more positive. Intervals are 95 %. Labels that are
+neither 0 nor 1, scores that are no numbers, and columns of different lengths raise ValueError.
 """
 
 import math
@@ -22,15 +23,34 @@ Z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))  # half the width of an interval
 
 def auc(y: ArrayLike, s: ArrayLike) -> float:
     """Area under the ROC curve, ties counted half (Mann-Whitney U). Raises ValueError when a class is missing."""
-    y = _binary(y)
+    y, s = _two_classes(y, s)
     return float(scoring.auc(y, s, np.ones((1, len(y))))[0])
 
 
-def _binary(y: ArrayLike) -> NDArray[np.bool_]:
-    y = np.asarray(y).astype(bool)
+def _cases(y: ArrayLike, s: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Labels and scores of the same cases. Raises ValueError where they cannot be that."""
+    y, s = np.asarray(y), np.asarray(s, float)
+    if y.ndim != 1 or y.dtype.kind not in "biuf" or not np.isin(y, (0, 1)).all():
+        raise ValueError("labels must be one column of 0 and 1")
+    _same_length(labels=y, scores=s)
+    if not np.isfinite(s).all():
+        raise ValueError(f"{np.count_nonzero(~np.isfinite(s))} scores are no numbers")
+    return y.astype(bool), s
+
+
+def _same_length(**columns: NDArray) -> None:
+    """Raise ValueError where columns of the same cases differ in length."""
+    if len({len(column) for column in columns.values()}) > 1:
+        raise ValueError(
+            " and ".join(f"{len(column)} {name}" for name, column in columns.items()) + " of the same cases"
+        )
+
+
+def _two_classes(y: ArrayLike, s: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    y, s = _cases(y, s)
     if y.all() or not y.any():
         raise ValueError("both classes are needed")
-    return y
+    return y, s
 
 
 def placements(y: NDArray[np.bool_], s: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -57,7 +77,8 @@ def clustered_variance(
     Obuchowski, Biometrics 53:567, 1997, equation 3. With a group a case it is DeLong's. nan where all positives, or all
     negatives, are of one group.
     """
-    _, index = np.unique(np.arange(len(y)) if groups is None else np.asarray(groups), return_inverse=True)
+    index = np.arange(len(y)) if groups is None else _group_index(groups)
+    _same_length(labels=y, groups=index)
     of_positives = np.bincount(index[y], v10 - v10.mean(), minlength=index.max() + 1)  # (groups,) sums
     of_negatives = np.bincount(index[~y], v01 - v01.mean(), minlength=index.max() + 1)
     with_positives, with_negatives = len(np.unique(index[y])), len(np.unique(index[~y]))
@@ -83,8 +104,8 @@ def delong_ci(y: ArrayLike, s: ArrayLike, groups: ArrayLike | None = None) -> tu
         s: (N,) scores, or (N, K) for the mean AUC of K classifiers.
         groups: the patient of each case; without it every case is a patient of its own.
     """
-    y = _binary(y)
-    v10, v01 = placements(y, np.asarray(s, float))
+    y, s = _two_classes(y, s)
+    v10, v01 = placements(y, s)
     value = float(v10.mean())
     margin = Z * math.sqrt(clustered_variance(y, v10, v01, groups))
     low, high = np.clip([value - margin, value + margin], 0, 1)
@@ -95,10 +116,9 @@ def delong_difference(
     y: ArrayLike, s1: ArrayLike, s2: ArrayLike, groups: ArrayLike | None = None
 ) -> tuple[float, float]:
     """(difference, its variance) of AUC(s1) - AUC(s2) on the same cases. See delong_ci for the arguments."""
-    y = _binary(y)
-    first, second = (placements(y, np.asarray(s, float)) for s in (s1, s2))
+    first, second = (placements(*_two_classes(y, s)) for s in (s1, s2))
     v10, v01 = (a - b for a, b in zip(first, second, strict=True))
-    return float(v10.mean()), clustered_variance(y, v10, v01, groups)
+    return float(v10.mean()), clustered_variance(np.asarray(y, bool), v10, v01, groups)
 
 
 def delong_test(y: ArrayLike, s1: ArrayLike, s2: ArrayLike, groups: ArrayLike | None = None) -> tuple[float, float]:
@@ -153,7 +173,10 @@ def hosmer_lemeshow(y: ArrayLike, p: ArrayLike, groups: int = 10, fitted: bool =
         fitted: whether `p` was fitted on these very cases, which costs two degrees of freedom; on others it is groups.
     Raises ValueError where no degree of freedom is left, and where there are fewer cases than groups.
     """
-    freedom, n = groups - 2 if fitted else groups, np.size(p)
+    y, p = _cases(y, p)
+    if (p < 0).any() or (p > 1).any():
+        raise ValueError("probabilities must be in [0, 1]")
+    freedom, n = groups - 2 if fitted else groups, len(p)
     if freedom < 1 or n < groups:
         raise ValueError(f"need {groups - freedom + 1} ≤ groups ≤ cases, got groups = {groups}, cases = {n}")
     chi2 = 0.0
@@ -169,6 +192,7 @@ def hosmer_lemeshow(y: ArrayLike, p: ArrayLike, groups: int = 10, fitted: bool =
 
 def wilson_ci(k: int, n: int) -> tuple[float, float]:
     """Wilson's score interval of k successes in n (1927; Newcombe 1998, method 3)."""
+    k, n = int(k), int(n)  # a small integer of NumPy would overflow
     if not 0 <= k <= n or n == 0:
         raise ValueError(f"need 0 ≤ k ≤ n and n > 0, got k = {k}, n = {n}")
     centre = (k + Z**2 / 2) / (n + Z**2)
@@ -183,13 +207,16 @@ def cluster_bootstrap_ci(
 
     Args:
         y, s: arrays whose first axis is the image.
-        groups: the patient of each image.
+        groups: the patient of each image. One patient cannot tell how patients differ: the bounds are then nan.
         n: resamples. Those on which the metric is undefined (ValueError or nan, as when a class is missing) are left
             out, with a RuntimeWarning; the bounds are nan when that is more than half of them.
     """
-    y, s = np.asarray(y), np.asarray(s)
+    y, s, groups = np.asarray(y), np.asarray(s), np.asarray(groups)
+    _same_length(labels=y, scores=s, groups=groups)
     value = float(metric(y, s))
     members = group_members(groups)
+    if len(members) < 2:
+        return value, math.nan, math.nan
     draws = []
     for i in range(n):
         rows = resample_groups(members, np.random.default_rng([seed, i]))
@@ -205,9 +232,17 @@ def cluster_bootstrap_ci(
 
 
 def group_members(groups: ArrayLike) -> list[NDArray[np.int64]]:
-    """The row indices of each group."""
-    _, inverse, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
-    return np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
+    """The row indices of each group. Raises ValueError where a case has none."""
+    index = _group_index(groups)
+    return np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
+
+
+def _group_index(groups: ArrayLike) -> NDArray[np.int64]:
+    """(N,) the place of each case's group among the distinct ones. Raises ValueError where a case has none."""
+    groups = np.asarray(groups)
+    if missing := sum(group is None or group != group for group in groups.tolist()):
+        raise ValueError(f"{missing} cases have no group; a patient that is not known must be one of its own")
+    return np.unique(groups, return_inverse=True)[1]
 
 
 def resample_groups(members: list[NDArray[np.int64]], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -225,9 +260,16 @@ def percentile_interval(draws: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def mean_ci(values: ArrayLike, groups: ArrayLike | None = None, n: int = 1000, seed: int = 0) -> dict[str, float]:
-    """{n, value, low, high} of a mean, by bootstrap over groups (default: every value is its own group)."""
+    """{n, value, low, high} of a mean, by bootstrap over groups (default: every value is its own group).
+
+    The bounds of a single group are nan.
+    """
     values = np.asarray(values, float)
-    members = group_members(np.arange(len(values)) if groups is None else groups)
+    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
+    _same_length(values=values, groups=groups)
+    members = group_members(groups)
+    if len(members) < 2:
+        return {"n": len(values), "value": float(values.mean()), "low": math.nan, "high": math.nan}
     sums, sizes = np.array([values[rows].sum() for rows in members]), np.array([len(rows) for rows in members])
     # How often each group is drawn, for all resamples at once: a mean needs no rows.
     drawn = np.random.default_rng(seed).multinomial(len(members), np.full(len(members), 1 / len(members)), size=n)
@@ -238,5 +280,5 @@ def mean_ci(values: ArrayLike, groups: ArrayLike | None = None, n: int = 1000, s
 def recall_at_fpr(y: ArrayLike, s: ArrayLike, fpr: float) -> float:
     """The highest recall of any threshold whose false positive rate does not exceed `fpr`. Raises ValueError when a
     class is missing."""
-    y = _binary(y)
+    y, s = _two_classes(y, s)
     return float(scoring.recall_at_fpr(y, s, np.ones((1, len(y))), fpr)[0])

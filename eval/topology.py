@@ -27,7 +27,7 @@ def geometry_score(
         landmarks: L0, rows drawn as vertices; all rows are witnesses.
         gamma: largest relaxation of the witness complex, as a share of the largest distance to a landmark.
         trials: draws of landmarks, from `seed`, that the living times are averaged over.
-    Raises ValueError where a set has fewer rows than landmarks.
+    Raises ValueError where a set has fewer rows than landmarks, or features that are no numbers.
     """
     means = [mean_living_times(x, landmarks, gamma, trials, seed) for x in (a, b)]
     return score(*means)
@@ -48,6 +48,8 @@ def mean_living_times(
     """(100,) mean over draws of landmarks of the relative living times of (N, D) features; arguments as above."""
     if len(x) < landmarks:
         raise ValueError(f"{landmarks} landmarks need as many images, got {len(x)}")
+    if trials < 1 or not np.isfinite(x).all():
+        raise ValueError(f"need one trial or more and features that are numbers; got {trials} trials")
     draws = (np.random.default_rng([seed, i]).choice(len(x), landmarks, replace=False) for i in range(trials))
     return np.mean([relative_living_times(*holes(x, x[rows], gamma)) for rows in draws], axis=0)
 

@@ -32,6 +32,32 @@ def test_quality_offers_them_all() -> None:
     assert all(callable(getattr(quality, name)) for name in quality.__all__)
 
 
+@pytest.mark.parametrize("metric", [metrics.fid, metrics.kid, metrics.cmmd, metrics.neighbourhoods])
+def test_what_are_not_two_sets_of_features_is_refused(metric) -> None:
+    a, b = gaussians(20, 4), gaussians(20, 4, seed=1)
+    metric(a, b)
+    for bad in (b[:1], b[:0], b[:, :3], b.ravel()):
+        with pytest.raises(ValueError, match="need two sets of features"):
+            metric(a, bad)
+    for number in (np.nan, np.inf):
+        broken = b.copy()
+        broken[3, 2] = number
+        with pytest.raises(ValueError, match="features that are no numbers"):
+            metric(a, broken)
+
+
+def test_distances_do_not_know_where_the_origin_is() -> None:
+    """Features of one spread far from 0, as of a layer without normalisation."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 60, 8))
+    b[:5] = a[:5]
+    far = 2.0**20
+    a, b = np.round(a * 2**20) / 2**20, np.round(b * 2**20) / 2**20  # so that adding `far` rounds nothing away
+    assert metrics.neighbourhoods(a + far, b + far) == metrics.neighbourhoods(a, b)
+    assert metrics.cmmd(a + far, b + far) == pytest.approx(metrics.cmmd(a, b), rel=1e-6)
+    assert metrics.nearest(b[:5] + far, a + far)[1].max() < 1e-6
+
+
 # ----------------------------------------------------------------------------------------------------------------- FID
 
 
@@ -137,8 +163,11 @@ def test_neighbourhood_metrics_are_those_of_prdc(monkeypatch: pytest.MonkeyPatch
     assert metrics.density_coverage(real, fake, k=4) == pytest.approx((expected["density"], expected["coverage"]))
     assert metrics.precision_recall(real, fake, k=4) == pytest.approx((expected["precision"], expected["recall"]))
     assert 0.05 < expected["coverage"] < 0.95
-    with pytest.raises(ValueError, match="needs more than 4 images"):
+    with pytest.raises(ValueError, match="less than the number of images; got k = 4, 4 images"):
         metrics.density_coverage(real[:4], fake, k=4)
+    for k in (0, -1):
+        with pytest.raises(ValueError, match=f"k must be 1 or more .* got k = {k}"):
+            metrics.density_coverage(real, fake, k=k)
 
 
 def test_precision_and_recall_are_those_of_torch_fidelity() -> None:
@@ -240,3 +269,7 @@ def test_geometry_score_tells_a_ring_from_a_disc() -> None:
     assert quality.geometry_score(ring, disc, **options, seed=1) != quality.geometry_score(ring, disc, **options)
     with pytest.raises(ValueError, match="32 landmarks need as many images, got 20"):
         quality.geometry_score(ring[:20], disc)
+    with pytest.raises(ValueError, match="need one trial or more"):
+        quality.geometry_score(ring, disc, trials=0)
+    with pytest.raises(ValueError, match="features that are numbers"):
+        quality.geometry_score(ring, np.where(disc == disc.max(), np.nan, disc))

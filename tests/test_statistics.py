@@ -238,3 +238,55 @@ def test_recall_stays_within_the_false_positive_budget() -> None:
     false_rate, recall, _ = roc_curve(y, s, drop_intermediate=False)
     for budget in (0.01, 0.05, 0.1, 0.5):
         assert statistics.recall_at_fpr(y, s, budget) == pytest.approx(recall[false_rate <= budget].max())
+
+
+def test_what_are_no_labels_and_scores_of_the_same_cases_is_refused() -> None:
+    y, s = [0, 1, 0, 1, 1, 0], [0.1, 0.6, 0.4, 0.9, 0.2, 0.3]
+    of_both = [
+        statistics.auc,
+        statistics.delong_ci,
+        lambda y, s: statistics.delong_test(y, [0.1] * 6, s),
+        lambda y, s: statistics.recall_at_fpr(y, s, 0.1),
+        lambda y, s: statistics.hosmer_lemeshow(y, s, 3),
+        lambda y, s: statistics.cluster_bootstrap_ci(statistics.auc, y, s, range(6), 10, 0),
+    ]
+    for figure in of_both:
+        figure(y, s)
+        with pytest.raises(ValueError, match="1 scores are no numbers"):
+            figure(y, [*s[:5], math.nan])
+        with pytest.raises(ValueError, match="6 labels and 5 scores"):
+            figure(y, s[:5])
+        for labels in ([0, 1, 2, 1, 1, 0], [-1, 1, -1, 1, 1, -1], [0, 1, 0, 1, 1, math.nan], [*"010110"], [[0]] * 6):
+            with pytest.raises(ValueError, match="labels must be one column of 0 and 1"):
+                figure(labels, s)
+    for labels in (np.array(y, bool), np.array(y, np.int8), np.array(y, float)):
+        assert statistics.auc(labels, s) == statistics.auc(y, s)
+    with pytest.raises(ValueError, match=r"probabilities must be in \[0, 1\]"):
+        statistics.hosmer_lemeshow(y, np.array(s) * 2, 3)
+
+
+def test_cases_without_a_group_and_groups_of_other_cases_are_refused() -> None:
+    y, s = [0, 1, 0, 1], [0.1, 0.6, 0.4, 0.2]
+    with pytest.raises(ValueError, match="4 labels and 4 scores and 3 groups of the same cases"):
+        statistics.cluster_bootstrap_ci(statistics.auc, y, s, [1, 2, 3], 10, 0)
+    with pytest.raises(ValueError, match="4 labels and 3 groups"):
+        statistics.delong_ci(y, s, [1, 2, 3])
+    with pytest.raises(ValueError, match="4 values and 3 groups"):
+        statistics.mean_ci(s, [1, 2, 3])
+    for groups in (["a", None, "b", None], [1, math.nan, 2, math.nan]):
+        with pytest.raises(ValueError, match="2 cases have no group"):
+            statistics.delong_ci(y, s, groups)
+        with pytest.raises(ValueError, match="2 cases have no group"):
+            statistics.cluster_bootstrap_ci(statistics.auc, y, s, groups, 10, 0)
+
+
+def test_one_patient_has_no_interval() -> None:
+    value, low, high = statistics.cluster_bootstrap_ci(statistics.auc, [0, 1, 0, 1], [1, 4, 3, 2], ["a"] * 4, 50, 0)
+    assert value == 0.75 and math.isnan(low) and math.isnan(high)
+    found = statistics.mean_ci([1, 2, 3], ["a"] * 3)
+    assert found["value"] == 2 and math.isnan(found["low"]) and math.isnan(found["high"])
+
+
+def test_wilson_interval_of_small_integers_does_not_overflow() -> None:
+    assert statistics.wilson_ci(np.int8(81), np.int8(100)) == statistics.wilson_ci(81, 100)
+    assert statistics.wilson_ci(np.int32(81000), np.int32(200000)) == statistics.wilson_ci(81000, 200000)
