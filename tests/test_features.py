@@ -121,6 +121,40 @@ def test_local_checkpoint_of_torchvision(tmp_path: Path) -> None:
     np.testing.assert_allclose(extractor([picture]), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "efficientnet_b1"])
+def test_any_classifier_of_torchvision(tmp_path: Path, architecture: str) -> None:
+    """Its own last layer makes its own answer of the features."""
+    import torchvision
+
+    torch.manual_seed(0)
+    net = torchvision.models.get_model(architecture, weights=None, num_classes=5).eval()
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    extractor = features.load_extractor(f"torchvision/{architecture}", tmp_path / "net.pth")
+    picture = np.random.default_rng(0).integers(0, 255, (1, 80, 80)).astype(np.uint8)
+    size = 240 if architecture == "efficientnet_b1" else 224
+    assert f"{size} px" in extractor.name and not extractor.has_positions
+    shown = features.resize(picture[0], size) / 255
+    channels = [(shown - mean) / std for mean, std in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))]
+    with torch.inference_mode():
+        expected = net(torch.tensor(np.stack(channels), dtype=torch.float32)[None]).softmax(1)
+    assert extractor.head is not None
+    found = features.probabilities(extractor(picture), extractor.head)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_what_is_no_classifier_of_torchvision_is_refused(tmp_path: Path) -> None:
+    import torchvision
+
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "net.pth")
+    for name, told in (
+        ("fcn_resnet50", "torchvision has no such classifier"),
+        ("squeezenet1_1", "has no linear layer at its end"),
+        ("mobilenet_v3_small", "its weights .* do not fit"),
+    ):
+        with pytest.raises(InputError, match=told):
+            features.load_extractor(f"torchvision/{name}", tmp_path / "net.pth")
+
+
 def test_a_features_head_gives_the_nets_own_probabilities(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = timm.create_model("resnet18", num_classes=7).eval()
