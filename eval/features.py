@@ -270,7 +270,7 @@ def from_torchvision(architecture: str, weights: dict[str, Tensor], source: Path
         raise InputError(
             f"--extractor {TORCHVISION}{architecture}: has no linear layer at its end, before which to look"
         )
-    preset: Any = models.get_model_weights(architecture).DEFAULT.transforms()
+    preset = cast(Any, models.get_model_weights(architecture)).DEFAULT.transforms()
     size, normalisation = preset.crop_size[0], (preset.mean, preset.std)
     return NetExtractor(
         name=f"{TORCHVISION}{architecture} {digest_of([source], *normalisation)}, {size} px, {RESIZE}",
