@@ -1,4 +1,4 @@
-"""The study over generators: arms of which several were trained, as one figure each.
+r"""The study over generators: arms of which several were trained, as one figure each.
 
     python -m benchmarks.generators --scores runs/study/classify/report_scores.csv --output runs/study/generators.json
     python -m benchmarks.generators --scores runs/study/classify/report_scores.csv --output runs/study/aims.json \

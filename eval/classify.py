@@ -1,4 +1,4 @@
-"""Does training on synthetic images help a classifier on real ones? All arms under identical conditions.
+r"""Does training on synthetic images help a classifier on real ones? All arms under identical conditions.
 
     python -m eval.classify --real runs/data --fake runs/generated --output runs/classify/report.json --seeds 0,1,2
     python -m eval.classify --real D --fake tiger_f=G sd=G2 --extra_real E --output R/report.json --weights resnet50.pth
