@@ -171,7 +171,7 @@ def write_table(path: Path, found: Iterable[dict[str, Any]]) -> None:
         writer = csv.writer(file)
         writer.writerow([*HEAD, *NET, *(f"p_{c}" for c in classes)])
         for one in found:
-            net = [(one["settings"] | one).get(name, "") for name in NET]
+            net = [(one["settings"] | one).get(name, "") for name in NET]  # settings of a training, notes of a table
             run = [one["condition"], *(one["settings"][name] for name in ("task", "seed", "fold"))]
             for split in ("valid", "test"):
                 rows = one.get(split) or {"file_name": []}

@@ -448,6 +448,8 @@ def main(argv: list[str] | None = None) -> None:
             tables += [table3(report, paper, against), table4(report, paper, against)]
         if any("macro_auc" in of for of in report["arms"].values()):
             tables.append(table5(report, paper, against))
+        if not tables:
+            raise InputError(f"{args.classify}: no net knows {report['settings']['negative']}; name another --negative")
     if args.dry_run:
         print(f"{', '.join(table.name for table in tables)}: can be made; nothing written")
         return

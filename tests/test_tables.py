@@ -202,6 +202,11 @@ def test_flags_say_what_the_scores_do_not(study: Path, tmp_path: Path, capsys: p
     assert "--negative normal: no such class; there are benign, FTC" in errors[0]
     assert "--against foo: no such arm; there are none, oversampling, tiger_f, real_upper" in errors[1]
     assert "--resamples 1: must be 2 or more" in errors[2] and len(errors) == 3
+    own = (study / "report_scores.csv").read_text().replace(",all,", ",FTC,").replace("benign", "normal")
+    (tmp_path / "own.csv").write_text(own)
+    given = ["--classify", str(tmp_path / "own.csv"), "--resamples", "5", "--output_dir", str(tmp_path / "t")]
+    assert run(tables.main, given) == 2
+    assert "own.csv: no net knows benign; name another --negative" in capsys.readouterr().err
     without = [one for one in read_table(study / "report_scores.csv") if one["settings"]["arm"] in ("none", "tiger_f")]
     report = tables.remade([figures.read_run(one) for one in without], {}, None, 5)
     assert tables.baseline(report, None) == "none"  # the first arm, where there is no oversampling
