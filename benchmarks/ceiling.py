@@ -1,4 +1,4 @@
-"""What is lost between further real images and a generator's? Sets that stand in for the images of better generators.
+r"""What is lost between further real images and a generator's? Sets that stand in for the images of better generators.
 
     python -m benchmarks.ceiling requests --fake runs/study/tiger_f0 --output_dir runs/study/perfect0 --seed 0
     python -m benchmarks.ceiling decoder --real runs/study/extra --model assets/tiny-base --count 400 \

@@ -1,4 +1,4 @@
-"""What a synthetic image costs and how good it is: this sampler's settings against diffusers' stock pipelines.
+r"""What a synthetic image costs and how good it is: this sampler's settings against diffusers' stock pipelines.
 
     python -m benchmarks.generate --model runs/quickstart/finetune --data_dir runs/quickstart/data --output runs/bench \
         --each 10 --steps 50 --guidance_scale 2 --student runs/quickstart/student

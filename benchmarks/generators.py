@@ -1,4 +1,4 @@
-"""The study over generators: arms of which several were trained, as one figure each.
+r"""The study over generators: arms of which several were trained, as one figure each.
 
     python -m benchmarks.generators --scores runs/study/classify/report_scores.csv --output runs/study/generators.json
     python -m benchmarks.generators --scores runs/study/classify/report_scores.csv --output runs/study/aims.json \
@@ -35,14 +35,14 @@ from eval.arms import UPPER, generator_of, title
 from eval.figures import Run
 from eval.html import bounds
 from eval.runs import is_synthetic, read_table
-from eval.study import ALL
+from eval.study import ALL, NEGATIVE
 from eval.tables import write_png
 from tiger.errors import InputError, run
 from tiger.files import write_json
 
 Array = NDArray[np.float64]
 Arm = dict[int | None, Array]  # a generator's number, None where it has none, -> (seeds, 1 + resamples)
-BASELINES, NEGATIVE = ("none", "oversampling"), "benign"
+BASELINES = ("none", "oversampling")
 
 
 def draw(runs: Sequence[Run], negative: str, resamples: int) -> dict[str, dict[str, Arm]]:

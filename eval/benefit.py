@@ -24,6 +24,9 @@ OPERATING = {
 OVERALL = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
+    "macro_specificity": "specificity (macro)",
+    "macro_precision": "precision (macro)",
+    "macro_f1": "F1 (macro)",
     "mcc": "MCC",
     "kappa": "kappa",
     "brier": "Brier, summed over the classes ↓",
@@ -66,6 +69,7 @@ def benefit_section(results: Results) -> str:
         auc_table(report, titles, names),
         pairs_table(report),
         *(operating_table(report, task, text, names) for task, text in titles.items()),
+        f"<p>Hosmer–Lemeshow: {escape(report['hosmer_lemeshow'])}.</p>" if titles else "",
         overall_table(report, names),
         curves(results, titles, names),
         "<h3>Number of images</h3>",
@@ -147,15 +151,19 @@ def auc_cell(of: Mapping[str, Any], task: str) -> str:
 
 
 def pairs_table(report: Mapping[str, Any]) -> str:
-    """Differences between arms with their tests: all of them, or where there are many, those to the baseline."""
+    """Differences between arms in AUC and balanced accuracy with their tests: of all arms, or where there are many, to
+    the baseline. The report has those of the other figures.
+    """
+    shown = [*(f"auc {task}" for task in headline(report)), "macro_auc", "balanced_accuracy"]
+    tested = [entry for entry in report["comparisons"] if entry["figure"] in shown]
     found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
-    for entry in report["comparisons"]:
+    for entry in tested:
         pair = entry["arm"], entry["against"]
         if len(report["arms"]) <= FEW or "oversampling" in pair:
             found.setdefault(pair, {})[entry["figure"]] = entry
     if not found:
         return ""
-    shown = list(dict.fromkeys(name for of in found.values() for name in of))
+    shown = [name for name in shown if any(name in of for of in found.values())]
     rows = [
         [
             escape(f"{title(arm)} − {title(against)}"),
@@ -168,8 +176,9 @@ def pairs_table(report: Mapping[str, Any]) -> str:
         ]
         for (arm, against), of in found.items()
     ]
-    tests = ", ".join(dict.fromkeys(f"{entry['test']}" for entry in report["comparisons"]))
+    tests = ", ".join(dict.fromkeys(f"{entry['test']}" for entry in tested))
     text = f"Paired on the same patients and seeds. p: {tests}; adjusted after Holm over all pairs of arms in a column."
+    text += " The tests of further figures are in report.json."
     head = ["", *(escape(name.removeprefix("auc ").replace("_", " ").replace(" vs ", " against ")) for name in shown)]
     return f"<h3>Differences between arms</h3><p>{escape(text)}</p>" + table(head, rows)
 
@@ -198,7 +207,7 @@ def overall_table(report: Mapping[str, Any], names: Mapping[str, str]) -> str:
     shown = {name: text for name, text in OVERALL.items() if name != "balanced_accuracy"}
     shown |= {f"auc {label}": f"AUC {label}" for label in classes}
     rows = [
-        [escape(names[arm]), *(cell(of[name]) for name in shown)]
+        [escape(names[arm]), *(cell(of[name]) if name in of else "" for name in shown)]
         for arm, of in report["arms"].items()
         if "macro_auc" in of
     ]

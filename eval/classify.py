@@ -1,4 +1,4 @@
-"""Does training on synthetic images help a classifier on real ones? All arms under identical conditions.
+r"""Does training on synthetic images help a classifier on real ones? All arms under identical conditions.
 
     python -m eval.classify --real runs/data --fake runs/generated --output runs/classify/report.json --seeds 0,1,2
     python -m eval.classify --real D --fake tiger_f=G sd=G2 --extra_real E --output R/report.json --weights resnet50.pth
@@ -11,9 +11,9 @@ the policies by which synthetic images are mixed in. With --share auto an arm of
 each share, any other once.
 
 States, shares (--share auto) and thresholds are chosen on the split `valid`; the split `test` is looked at once. Each
-training leaves its scores in `scores/` beside the report, and the table of a report R/NAME.json's is R/NAME_scores.csv.
-The same command again goes on, and trains nothing where all is done. With --shard k/n it makes the k-th of n parts of
-the work; whoever finds all done writes the report.
+training leaves its scores in `scores/` beside the report, and the table of a report R/NAME.json's is R/NAME_scores.csv,
+from which `eval.tables` makes every table and plot. The same command again goes on, and trains nothing where all is
+done. With --shard k/n it makes the k-th of n parts of the work; whoever finds all done writes the report.
 
 --real_share changes what the classifier sees, while the generator saw what it saw. For fewer images there too, train
 both on what `python -m data.prepare subsample` leaves.
@@ -47,13 +47,24 @@ from eval.sources import (
     read_sources,
     synthetic_sets,
 )
-from eval.study import ALL, Data, Sources, Trial, classes_of, counts, images_kept, load, trials
+from eval.study import (
+    ALL,
+    NEGATIVE,
+    RESAMPLES,
+    Data,
+    Sources,
+    Trial,
+    classes_of,
+    counts,
+    images_kept,
+    load,
+    trials,
+)
 from tiger.errors import InputError
 from tiger.errors import run as run_main
 from tiger.files import read_json, write_json
 from tiger.knowledge import Knowledge
 
-NEGATIVE = "benign"
 Sizes = dict[str, int]  # class -> images
 
 
@@ -123,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--negative", help="the class that the others are set against", default=NEGATIVE)
     add("--knowledge", help="knowledge base, for the order of the classes", default="thyroid")
-    add("--resamples", help="bootstrap resamples", type=int, default=1000)
+    add("--resamples", help="bootstrap resamples", type=int, default=RESAMPLES)
     add("--shard", help="k/n makes the k-th of n parts, k = 0 … n-1", default="0/1")
     parser.add_argument("--bf16", action="store_true", help="train in mixed precision, on a GPU")
     parser.add_argument("--save_models", action="store_true", help="keep each classifier in models/ beside the report")
@@ -230,7 +241,7 @@ class Checked:
     settings: dict[Trial, dict[str, Any]]
     tests: dict[Test, dict[str, Any]]  # settings of every test of real against synthetic images
     n: dict[str, Sizes]  # source or split -> its images: of `test` in all folds, of the others their mean
-    kept: dict[str, dict[str, Sizes]]  # condition -> `images_kept`, the mean of seeds and folds
+    kept: dict[Trial, dict[str, Sizes]]  # `images_kept` of each trial
     unchecked: list[str]  # what could not be checked for leaks, a sentence each
 
 
@@ -245,7 +256,7 @@ def check(
     settings: dict[Trial, dict[str, Any]] = {}
     tests: dict[Test, dict[str, Any]] = {}
     sizes: list[dict[str, Sizes]] = []
-    kept_by: defaultdict[str, list[dict[str, Sizes]]] = defaultdict(list)
+    kept: dict[Trial, dict[str, Sizes]] = {}
     for fold, of_fold in sources.items():
         data = data_of(fold)
         mine = [trial for trial in work if trial.fold == fold]
@@ -254,14 +265,20 @@ def check(
             if name in args.arms and not args.no_realism:
                 tests[name, fold] = c2st_settings(args, study, of_fold, data, name)
         sizes.append(counts(data))
-        for trial in mine:
-            kept_by[trial.condition].append(images_kept(trial, data))
+        kept |= {trial: images_kept(trial, data) for trial in mine}
     tested = {label: sum(fold["test"][label] for fold in sizes) for label in sizes[0]["test"]}
-    kept = {condition: mean_sizes(found) for condition, found in kept_by.items()}
-    warn_of_unequal(work, {condition: of["added"] for condition, of in kept.items()})
+    warn_of_unequal(work, {condition: of["added"] for condition, of in kept_by_condition(kept).items()})
     unchecked = dict.fromkeys(text for of_fold in sources.values() for text in of_fold.unchecked)
     told = [*unchecked, *unknown_weights(args.weights)]
     return Checked(settings, tests, mean_sizes(sizes) | {"test": tested}, kept, told)
+
+
+def kept_by_condition(kept: dict[Trial, dict[str, Sizes]]) -> dict[str, dict[str, Sizes]]:
+    """condition -> `images_kept`, the mean of seeds, folds and tasks."""
+    found: defaultdict[str, list[dict[str, Sizes]]] = defaultdict(list)
+    for trial, sizes in kept.items():
+        found[trial.condition].append(sizes)
+    return {condition: mean_sizes(of) for condition, of in found.items()}
 
 
 def mean_sizes(found: Sequence[dict[str, Sizes]]) -> dict[str, Sizes]:
@@ -303,15 +320,16 @@ def report_of(
     real_vs: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """The report, from saved scores, and their table beside it."""
-    saved = [read_json(study.path(trial)) for trial in work]
-    runs.write_table(study.folder / f"{Path(args.output).stem}_scores.csv", saved)
+    real = {trial: sum(checked.kept[trial]["real"].values()) for trial in work}
+    saved = [read_json(study.path(trial)) | {"real_images": real[trial]} for trial in work]
+    runs.write_table(runs.table_of(args.output), saved)
     found = [figures.read_run(one) for one in saved]
     patients = {(run.fold, patient) for run in found for patient in run.test.patients}
     settings = study.recipe.settings() | {"image_size": study.image_size, "policy": study.policy, "share": study.shares}
     settings |= {"rare": study.rare, "negative": study.negative, "folds": args.folds, "seeds": args.seeds}
     summary = figures.summarise(found, args.negative, args.resamples)
-    for condition, entry in summary["arms"].items():
-        entry |= checked.kept[condition]
+    for condition, sizes in kept_by_condition(checked.kept).items():
+        summary["arms"][condition] |= sizes
     interval = f"95 %, {args.resamples} bootstrap resamples of the patients of the test split"
     if len(args.seeds) > 1:
         interval += "; their variance and that over training seeds, by Student's t"
@@ -321,8 +339,10 @@ def report_of(
         "interval": interval,
         "selection": "valid macro AUC" if data.valid is not None else "last step: there is no split 'valid'",
         "threshold": youden if data.valid is not None else "0.5: there is no split 'valid'",
-        "hosmer_lemeshow": f"one image of each patient, {figures.GROUPS} groups by rank; chi2 and p are medians over "
-        f"{figures.CHOICES} choices of the image and over trainings (seeds and folds)",
+        "hosmer_lemeshow": f"one image of each patient, {figures.GROUPS} groups by rank of the risk; cases of equal "
+        f"risk share their outcomes; {figures.GROUPS} degrees of freedom, as many as groups, as the net was fitted on "
+        f"other cases; chi2 and p are medians over {figures.CHOICES} choices of the image and over trainings (seeds "
+        "and folds)",
         "unchecked": checked.unchecked,
         "n": checked.n,
         "patients_test": len(patients),

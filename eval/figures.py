@@ -181,11 +181,11 @@ def of_condition(drawn: Drawn, negative: str) -> dict[str, Any]:
         **{name: settings[name] for name in ("arm", "amount", "real_share")},
         "n_test": len({(run.fold, name) for run in runs for name in run.test.file_names}),
         "seeds": sorted({run.seed for run in runs}),
-        "selected_steps": [run.notes["selected_step"] for run in runs],
-        "images_per_second": [run.notes["images_per_second"] for run in runs],
     }
-    if any("share" in run.notes for run in runs):
-        entry["shares"] = [run.notes["share"] for run in runs]
+    notes = {"selected_steps": "selected_step", "images_per_second": "images_per_second", "shares": "share"}
+    for name, note in notes.items():  # a table of scores has none of them
+        if all(note in run.notes for run in runs):
+            entry[name] = [run.notes[note] for run in runs]
     for name, values in drawn.values.items():
         entry[name] = estimate(name, values, drawn.per_seed[name]) | {"per_seed": drawn.per_seed[name].tolist()}
     for task in tasks_of(runs, negative):
@@ -272,11 +272,16 @@ def over_seeds(values: Array) -> tuple[float, float]:
 
 
 def comparisons(conditions: Mapping[str, Drawn], negative: str) -> list[dict[str, Any]]:
-    """Paired tests between conditions that differ in nothing but the arm; each figure's p adjusted after Holm."""
+    """Paired tests between conditions that differ in nothing but the arm; each figure's p adjusted after Holm.
+
+    Of every figure of the test split that a table shows.
+    """
     found: list[dict[str, Any]] = []
     all_runs = [run for drawn in conditions.values() for run in drawn.runs]
     of_tasks = {f"auc {task}": task for task in tasks_of(all_runs, negative)}
-    for figure in (*of_tasks, "macro_auc", "balanced_accuracy"):
+    of_classes = dict.fromkeys(f"auc {label}" for run in all_runs for label in run.classes)
+    accuracies = [f"accuracy {task}" for task in of_tasks.values()]
+    for figure in (*of_tasks, *accuracies, "macro_auc", "balanced_accuracy", "accuracy", *of_classes, "brier"):
         family = []
         for a, b in itertools.combinations(conditions, 2):
             first, second = conditions[b], conditions[a]  # later arms against earlier ones

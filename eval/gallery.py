@@ -1,4 +1,4 @@
-"""A page to browse synthetic images on, the real source beside each, and a contact sheet of a few of each class.
+r"""A page to browse synthetic images on, the real source beside each, and a contact sheet of a few of each class.
 
     python -m eval.gallery --real runs/data --fake runs/generated --output runs/generated/gallery.html
     python -m eval.gallery --real runs/data --fake runs/generated/kept.jsonl runs/generated/kept_rejected.jsonl \

@@ -21,7 +21,7 @@ from torch import nn
 from eval import classifier
 from eval.arms import PLAIN, UPPER, Mixing, augmentation_of, draw_batch
 from eval.classifier import Recipe
-from eval.study import Data, Held, Plan, Trial, digest, plan
+from eval.study import Data, Held, Plan, Trial, digest, plan, read_condition
 from tiger.errors import InputError
 from tiger.files import atomic_path, read_json, write_json
 
@@ -151,35 +151,48 @@ def scored(net: nn.Module, held: Held, labels: list[str]) -> dict[str, Any]:
     }
 
 
-HEAD = ("arm", "task", "seed", "fold", "split", "file_name", "patient_id", "label")  # of a table, then p_CLASS …
+HEAD = ("arm", "task", "seed", "fold", "split", "file_name", "patient_id", "label")  # of a table, then NET, p_CLASS …
+NET = {"model": str, "image_size": int, "real_images": int}  # px; real images that it was trained on
+
+
+def table_of(report: str | Path) -> Path:
+    """The table of scores beside a report."""
+    return Path(report).with_name(f"{Path(report).stem}_scores.csv")
 
 
 def write_table(path: Path, found: Iterable[dict[str, Any]]) -> None:
-    """One CSV with the probabilities of every held-out image in every run; empty where a net lacks the class."""
+    """One CSV with the probabilities of every held-out image in every run; empty where a net lacks the class.
+
+    The column `arm` has a run's condition: its arm, and its amount and share of the real images where they are not all.
+    """
     found = list(found)
     classes = list(dict.fromkeys(label for one in found for label in one["classes"]))
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*HEAD, *(f"p_{c}" for c in classes)])
+        writer.writerow([*HEAD, *NET, *(f"p_{c}" for c in classes)])
         for one in found:
+            net = [(one["settings"] | one).get(name, "") for name in NET]  # settings of a training, notes of a table
             run = [one["condition"], *(one["settings"][name] for name in ("task", "seed", "fold"))]
             for split in ("valid", "test"):
                 rows = one.get(split) or {"file_name": []}
                 for i, name in enumerate(rows["file_name"]):
                     p = dict(zip(one["classes"], rows["probabilities"][i], strict=True))
-                    image = [name, rows["patient_id"][i], rows["label"][i], *(p.get(c, "") for c in classes)]
-                    writer.writerow([*run, split, *image])
+                    image = [name, rows["patient_id"][i], rows["label"][i]]
+                    writer.writerow([*run, split, *image, *net, *(p.get(c, "") for c in classes)])
 
 
 def read_table(path: str | Path) -> list[dict[str, Any]]:
-    """The runs of a table of `write_table`, plain or packed (.gz, .xz), as their files have them but for the notes.
+    """The runs of a table of `write_table`, plain or packed (.gz, .xz), as their files have them, with NET for notes.
 
-    Raises InputError where it is no such table, names the place where it can, and where an image is in a run twice.
+    Tables of older code have no NET. Raises InputError where it is no such table, names the place where it can, and
+    where an image is in a run twice.
     """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read as a table of scores: {error}") from error
+        raise InputError(f"{path}: cannot be read as a table of scores: {str(error).strip()}") from error
     columns = [name for name in table if name.startswith("p_")]
     if not (set(HEAD) <= set(table) and columns and len(table)):
         found = f"{len(table)} rows of {', '.join(table)}"
@@ -200,8 +213,9 @@ def _run_of(place: tuple[str, str, str, str], rows: Any, columns: list[str]) -> 
     condition, task, seed, fold = place
     known = [name for name in columns if (rows[name] != "").any()]
     classes = [name.removeprefix("p_") for name in known]
-    where = {"task": task, "seed": int(seed), "fold": int(fold) if fold else None}
-    one: dict[str, Any] = {"condition": condition, "classes": classes, "settings": where}
+    settings = {"task": task, "seed": int(seed), "fold": int(fold) if fold else None} | read_condition(condition)
+    net = {name: kind(rows[name].iloc[0]) for name, kind in NET.items() if name in rows and rows[name].iloc[0]}
+    one: dict[str, Any] = {"condition": condition, "classes": classes, "settings": settings} | net
     if strange := set(rows["label"]) - set(classes):
         raise ValueError(f"rows of class {', '.join(sorted(strange))}, and no probabilities of it")
     for split, of in rows.groupby("split", sort=False):

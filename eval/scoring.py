@@ -90,8 +90,8 @@ def agreement(table: Array) -> dict[str, Array]:
 
 
 def detection(table: Array) -> dict[str, Array]:
-    """Sensitivity, specificity, precision and F1 of (R, 2, 2) tables; precision and F1 are 0 where nothing is found."""
-    (tn, fp), (fn, tp) = np.moveaxis(table, 0, -1)
+    """Sensitivity, specificity, precision and F1 of (…, 2, 2) tables; precision and F1 are 0 where nothing is found."""
+    (tn, fp), (fn, tp) = np.moveaxis(table, (-2, -1), (0, 1))
     with np.errstate(invalid="ignore", divide="ignore"):
         return {
             "sensitivity": tp / (tp + fn),
@@ -99,6 +99,20 @@ def detection(table: Array) -> dict[str, Array]:
             "precision": np.where(tp + fp > 0, tp / (tp + fp), 0.0),
             "f1": np.where(2 * tp + fp + fn > 0, 2 * tp / (2 * tp + fp + fn), np.nan),
         }
+
+
+def macro_detection(table: Array) -> dict[str, Array]:
+    """Specificity, precision and F1 of each class against all others, the mean over classes; nan where one is missing.
+
+    The mean sensitivity is the balanced accuracy. table: (R, C, C).
+    """
+    true, tp = table.sum(2), np.diagonal(table, axis1=1, axis2=2)  # (R, C)
+    fn, fp = true - tp, table.sum(1) - tp
+    tn = table.sum((1, 2))[:, None] - tp - fn - fp
+    of_class = detection(np.stack([tn, fp, fn, tp], -1).reshape(*tp.shape, 2, 2))
+    missing = (true == 0).any(1)
+    shown = ("specificity", "precision", "f1")
+    return {f"macro_{name}": np.where(missing, np.nan, of_class[name].mean(1)) for name in shown}
 
 
 def youden_threshold(y: ArrayLike, s: ArrayLike) -> float:
@@ -128,7 +142,8 @@ def multiclass_figures(y: ArrayLike, p: Array, classes: Sequence[str], w: Array)
     """Everything about all classes; the most likely one is the answer. y (N,) class indices, p (N, C)."""
     aucs, table = class_aucs(y, p, w), confusion(y, p.argmax(1), w, len(classes))
     of_class = {f"auc {label}": values for label, values in zip(classes, aucs, strict=True)}
-    return {"macro_auc": aucs.mean(0)} | agreement(table) | {"brier": brier(y, p, w)} | of_class
+    of_answers = agreement(table) | macro_detection(table)
+    return {"macro_auc": aucs.mean(0)} | of_answers | {"brier": brier(y, p, w)} | of_class
 
 
 def rank_groups(y: ArrayLike, p: ArrayLike, groups: int) -> list[tuple[Array, Array]]:

@@ -3,10 +3,12 @@
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,8 @@ from tiger.errors import InputError
 from tiger.manifest import SPLITS, Manifest
 
 ALL = "all"  # the task of telling all classes apart
+NEGATIVE = "benign"  # the class that the others are set against, unless another is named
+RESAMPLES = 1000  # of the bootstrap, unless a number is given
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,18 @@ class Trial:
         parts += [f"real{self.real_share:.4g}"] if self.real_share < 1 else []
         parts += [f"fold{self.fold}"] if self.fold is not None else []
         return "-".join(parts).replace("/", "_").replace(" ", "_") + f"-seed{self.seed}"
+
+
+def read_condition(condition: str) -> dict[str, Any]:
+    """ "tiger_f, 100 a class" -> {arm, amount, real_share} of the trials that have this `Trial.condition`.
+
+    Raises ValueError where no trial has it. A share has the four digits that it is written with.
+    """
+    match = re.fullmatch(r"([^,]+)(?:, (\d+) a class)?(?:, ([\d.e-]+) of the real)?", condition)
+    if match is None:
+        raise ValueError(f"'{condition}' is no arm with its amount and its share of the real images")
+    arm, amount, share = match.groups()
+    return {"arm": arm, "amount": int(amount) if amount else None, "real_share": float(share or 1)}
 
 
 def trials(

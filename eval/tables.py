@@ -2,6 +2,7 @@
 
     python -m eval.tables --classify runs/classify/report.json --output_dir runs/tables
     python -m eval.tables --classify R/report.json --quality tiger_f=Q.json sd_controlnet=Q2.json --output_dir T
+    python -m eval.tables --classify kept/report_scores.csv.xz --output_dir T          # without report or images
 
 Tables are written as Markdown, LaTeX, PNG, and CSV with one line a figure; plots as PNG, their figures as CSV.
     table2   image quality of each synthetic set, by class                               (--quality)
@@ -11,13 +12,17 @@ Tables are written as Markdown, LaTeX, PNG, and CSV with one line a figure; plot
     figure5a AUC by the number of images added, synthetic or real                        (needs --amounts there)
     figure5b AUC by the number of real images, without and with images added             (needs --real_share there)
     roc, calibration
-What has not been measured is left out. Nothing is trained: everything comes from the scores and reports given.
+What has not been measured is left out. Nothing is trained, and no image is read. All of --classify comes from the table
+of scores, R/NAME_scores.csv of a report R/NAME.json, with its intervals and tests; a report only gives its settings,
+and for scores of older code the number of real images. p are of paired tests between arms, as eval.figures has them.
 """
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -25,7 +30,9 @@ import yaml
 from eval import charts, figures, typeset
 from eval.arms import PLAIN, UPPER, generator_of, title
 from eval.results import headline
+from eval.runs import read_table, table_of
 from eval.sources import synthetic_sets
+from eval.study import NEGATIVE, RESAMPLES
 from eval.typeset import Cell, Table
 from tiger.errors import InputError, run
 from tiger.files import atomic_path, read_json
@@ -39,7 +46,9 @@ QUALITY = {  # metric -> column
     "density": "density",
     "coverage": "coverage",
 }
+ON_VALID = "No p on valid: states and thresholds are chosen there."
 NETS = "Own net: one of these two classes alone, as in the paper; else the net of all classes, its two probabilities."
+BASELINE = "oversampling"
 NOTE = "Paper: Dai et al. 2025, on its own clinical images; set beside, not to be compared in level."
 
 
@@ -68,6 +77,93 @@ def ordered(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
 def pair_of(task: str) -> str:
     """ "benign vs FTC, own net" -> "benign vs FTC" """
     return task.removesuffix(", own net")
+
+
+# ----------------------------------------------------------------------------------------------------- from the scores
+
+
+def read_study(path: str) -> tuple[list[figures.Run], Report]:
+    """(runs, report) of a report with its table of scores, or of a table alone, whose report is empty.
+
+    Raises InputError where a file is not there or of another kind, where the two are of different arms, and where the
+    runs cannot be compared.
+    """
+    again = "run eval.classify again, which trains nothing anew"
+    alone = ".csv" in Path(path).suffixes
+    report, table = ({}, Path(path)) if alone else (_read(path, "settings", "arms"), table_of(path))
+    if not alone and not table.is_file():
+        raise InputError(f"{table}: no such file, and tables are made from the scores; {again}")
+    runs = [figures.read_run(one) for one in read_table(table)]
+    if not alone and {run.condition for run in runs} != set(report["arms"]):
+        raise InputError(f"{table} has other arms than {path}; {again}")
+    refuse_unequal(table, runs)
+    return runs, report
+
+
+def refuse_unequal(table: Path, runs: Sequence[figures.Run]) -> None:
+    """Raise InputError unless every condition has the same trainings, and all trainings of a fold the same test images.
+
+    A table that eval.classify has written does; one that was put together may not.
+    """
+    images: dict[tuple[str, int | None], Any] = {}
+    trainings: dict[str, set[tuple[str, int, int | None]]] = {}
+    for one in runs:
+        tested = one.test.file_names, one.test.patients, one.test.y.tolist()
+        if images.setdefault((one.task, one.fold), tested) != tested:
+            raise InputError(f"{table}: {one.condition}, seed {one.seed}: its test images are others than before it")
+        trainings.setdefault(one.condition, set()).add((one.task, one.seed, one.fold))
+    first = runs[0].condition
+    for condition, found in trainings.items():
+        if found != trainings[first]:
+            raise InputError(f"{table}: {condition} has other tasks, seeds or folds than {first}; leave one out")
+
+
+def remade(runs: Sequence[figures.Run], given: Report, negative: str | None, resamples: int | None) -> Report:
+    """Everything that tables and plots show, from scores: a report as eval.classify's, less what only training tells.
+
+    Args:
+        given: the report of these runs, for settings that are None here; empty: for defaults.
+    Raises InputError where no net knows the negative class that is asked for.
+    """
+    classes = list(dict.fromkeys(label for run in runs for label in run.classes))
+    if negative not in (None, *classes):
+        raise InputError(f"--negative {negative}: no such class; there are {', '.join(classes)}")
+    settings = given.get("settings", {})
+    negative = negative or str(settings.get("negative", NEGATIVE))
+    found = figures.summarise(runs, negative, resamples or settings.get("resamples", RESAMPLES))
+    for condition, entry in found["arms"].items():
+        notes = [run.notes for run in runs if run.condition == condition]
+        if all("real_images" in note for note in notes):
+            entry["real_images"] = fmean(note["real_images"] for note in notes)
+        elif given:
+            entry["real_images"] = sum(given["arms"][condition].get("real", {}).values())
+    net = {name: settings.get(name, runs[0].notes.get(name)) for name in ("model", "image_size")}
+    folds, seeds = ({getattr(run, name) for run in runs} - {None} for name in ("fold", "seed"))
+    tested = {
+        (run.fold, file): (run.classes[y], patient)
+        for run in runs
+        for file, y, patient in zip(run.test.file_names, run.test.y, run.test.patients, strict=True)
+    }
+    counts = Counter(label for label, _ in tested.values())
+    return found | {
+        "settings": net | {"negative": negative, "folds": len(folds), "seeds": sorted(seeds)},
+        "n": {"test": {label: counts[label] for label in classes}},
+        "patients_test": len({(fold, patient) for (fold, _), (_, patient) in tested.items()}),
+    }
+
+
+def baseline(report: Report, asked: str | None) -> str:
+    """The arm that p-values are against: oversampling, or the first where that is not there, unless asked for another.
+
+    Raises InputError where that is none.
+    """
+    arms = list(full(report))
+    if asked is not None and asked not in arms:
+        raise InputError(f"--against {asked}: no such arm; there are {', '.join(arms)}")
+    return asked or (BASELINE if BASELINE in arms else arms[0])
+
+
+# -------------------------------------------------------------------------------------------------------------- cells
 
 
 def full(report: Report) -> dict[str, Mapping[str, Any]]:
@@ -146,7 +242,7 @@ def table3(report: Report, paper: Published, against: str) -> Table:
             shown = {"valid": f"valid auc {task}", "test": f"auc {task}"}
             cells += [arm_cell(report, arm, name, known.get(split), against) for split, name in shown.items()]
         rows[row_name(arm, paper)] = cells
-    caption = f"AUROC (95 % CI) by augmentation. {NETS} {sizes(report)} {tested(against)} {NOTE}"
+    caption = f"AUROC (95 % CI) by augmentation. {NETS} {sizes(report)} {tested(against)} {ON_VALID} {NOTE}"
     return Table("table3", caption, [(task, split) for task in tasks for split in ("valid", "test")], rows)
 
 
@@ -172,7 +268,7 @@ def table4(report: Report, paper: Published, against: str) -> Table:
 def table5(report: Report, paper: Published, against: str) -> Table:
     """Arms by figures of all classes at once."""
     arms = {arm: of for arm, of in full(report).items() if "macro_auc" in of}
-    classes = list(report["n"]["train"])
+    classes = list(report["n"]["test"])
     shown = {"accuracy": ("", "accuracy"), "macro_auc": ("AUC", "mean")}
     shown |= {f"auc {label}": ("AUC", label) for label in classes} | {"brier": ("", "Brier score, summed")}
     applies = all(name in paper["table5"]["none"] for name in shown)
@@ -191,7 +287,7 @@ def table5(report: Report, paper: Published, against: str) -> Table:
 
 def tested(against: str) -> str:
     """What the p-values are of."""
-    return f"p: paired, against {title(against)}, adjusted after Holm; columns without p were not tested."
+    return f"p: paired, against {title(against)}, adjusted after Holm over all pairs of arms in a column."
 
 
 def sizes(report: Report) -> str:
@@ -199,10 +295,8 @@ def sizes(report: Report) -> str:
     n = ", ".join(f"{label} {count}" for label, count in report["n"]["test"].items())
     settings = report["settings"]
     seeds, folds = len(settings["seeds"]), f", {settings['folds']} folds" if settings["folds"] else ""
-    return (
-        f"{settings['model']}, {settings['image_size']} px, {seeds} seed{'s' * (seeds > 1)}{folds}; test images: {n}; "
-        f"{report['patients_test']} patients."
-    )
+    net = f"{settings['model']}, {settings['image_size']} px, " if settings["model"] else ""  # older tables lack it
+    return f"{net}{seeds} seed{'s' * (seeds > 1)}{folds}; test images: {n}; {report['patients_test']} patients."
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -231,12 +325,15 @@ def figure5b(report: Report) -> Curves:
     """AUC by real training images, of the real images alone (the paper's task 1) and with images added (2, 3 and 4)."""
     shares = sorted({of["real_share"] for of in report["arms"].values()})
     curves: Curves = {}
-    if len(shares) > 1 and any("real" not in of for of in report["arms"].values()):
-        raise InputError("--classify: a report of older code; run eval.classify again, which trains nothing anew")
+    if len(shares) > 1 and not all(of.get("real_images") for of in report["arms"].values()):
+        raise InputError(
+            "--classify: the scores are of older code, and say not how many real images nets were trained on, which "
+            "figure 5b needs; give its report, or run eval.classify again, which trains nothing anew"
+        )
     for task in headline(report) if len(shares) > 1 else ():
         for condition, of in report["arms"].items():
             line = title(condition.partition(f", {of['real_share']:.4g} of")[0])
-            count = sum(of["real"].values())  # whole patients of each class: not just that share of all images
+            count = of["real_images"]  # whole patients of each class: not just that share of all images
             curves.setdefault(task, {}).setdefault(line, []).append((count, of[f"auc {task}"]))
     return {
         task: {line: sorted(points, key=lambda point: point[0]) for line, points in of.items()}
@@ -290,12 +387,17 @@ def write_plots(report: Report, runs: Sequence[figures.Run], paper: Published, f
 # ---------------------------------------------------------------------------------------------------------------- CLI
 
 
-def _read(path: str, holds: str) -> Report:
+def _read(path: str, *holds: str) -> Report:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
-    report = read_json(path)
-    if not isinstance(report, dict) or holds not in report:
-        raise InputError(f"{path}: has no '{holds}'; give a report of the right kind, made by this version")
+    kind = "give a report of the right kind, made by this version"
+    try:
+        report = read_json(path)
+    except ValueError as error:  # neither JSON nor text
+        raise InputError(f"{path}: not JSON ({error}); {kind}") from error
+    for name in holds:
+        if not isinstance(report, dict) or name not in report:
+            raise InputError(f"{path}: has no '{name}'; {kind}")
     return report
 
 
@@ -306,12 +408,20 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--classify", help="report of eval.classify, with its scores/ beside it")
+    parser.add_argument(
+        "--classify", help="report NAME.json of eval.classify with NAME_scores.csv beside it; or that alone, also .xz"
+    )
     parser.add_argument(
         "--quality", nargs="+", default=[], help="reports of eval.quality, each ARM=FILE, or FILE for tiger_f"
     )
     parser.add_argument(
-        "--against", default="oversampling", help="arm that p-values are against (default: %(default)s)"
+        "--against", help=f"arm that p-values are against (default: {BASELINE}, or the first where that is not there)"
+    )
+    parser.add_argument(
+        "--negative", help=f"class that the others are set against (default: the report's, else {NEGATIVE})"
+    )
+    parser.add_argument(
+        "--resamples", type=int, help=f"of the bootstrap (default: as many as the report's, else {RESAMPLES})"
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the tables")
     parser.add_argument("--dry_run", action="store_true", help="read everything and write nothing")
@@ -323,17 +433,23 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     if not args.classify and not args.quality:
         raise InputError("give --classify, --quality or both")
+    if args.resamples is not None and args.resamples < 2:
+        raise InputError(f"--resamples {args.resamples}: must be 2 or more")
     paper = published()
-    quality = {arm: _read(file, "per_class") for arm, file in synthetic_sets(args.quality, "--quality").items()}
-    report = _read(args.classify, "comparisons") if args.classify else None
+    sets = synthetic_sets(args.quality, "--quality")
+    quality = {arm: _read(file, "per_class", "extractor") for arm, file in sets.items()}
     tables = [table2(quality, paper)] if quality else []
-    runs = []
-    if report is not None:
-        runs = figures.read_runs(Path(args.classify).parent, report["runs"])
+    runs, report = [], None
+    if args.classify:
+        runs, given = read_study(args.classify)
+        report = remade(runs, given, args.negative, args.resamples)
+        against = baseline(report, args.against)
         if headline(report):
-            tables += [table3(report, paper, args.against), table4(report, paper, args.against)]
+            tables += [table3(report, paper, against), table4(report, paper, against)]
         if any("macro_auc" in of for of in report["arms"].values()):
-            tables.append(table5(report, paper, args.against))
+            tables.append(table5(report, paper, against))
+        if not tables:
+            raise InputError(f"{args.classify}: no net knows {report['settings']['negative']}; name another --negative")
     if args.dry_run:
         print(f"{', '.join(table.name for table in tables)}: can be made; nothing written")
         return

@@ -178,6 +178,11 @@ def test_amounts_and_shares_of_the_real(folders: dict[str, Path], tmp_path: Path
     arms = ["oversampling", "tiger_f, 2 a class", "tiger_f, 4 a class"]
     assert list(report["arms"]) == [f"{arm}, 0.5 of the real" for arm in arms] + arms
     assert report["arms"]["oversampling, 0.5 of the real"]["real"] == {"benign": 10, "PTC": 6, "FTC": 2}
+    with open(tmp_path / "report_scores.csv", encoding="utf-8") as file:
+        nets = {(row["arm"], row["model"], row["image_size"], row["real_images"]) for row in csv.DictReader(file)}
+    half = {(f"{arm}, 0.5 of the real", "resnet18", "32", "18") for arm in arms}
+    assert nets == half | {(arm, "resnet18", "32", "36") for arm in arms}
+    assert "10 degrees of freedom, as many as groups" in report["hosmer_lemeshow"]
     pairs = {(one["arm"], one["against"]) for one in report["comparisons"]}
     assert pairs == {(f"{arm}{of}", f"oversampling{of}") for arm in arms[1:] for of in (", 0.5 of the real", "")}
     with pytest.raises(InputError, match="arm tiger_f: 8 images of class benign, and --amounts asks for 9"):

@@ -58,7 +58,7 @@ def test_one_seed_is_tested_as_delong_does() -> None:
     (entry,) = [
         one
         for one in figures.summarise([first, second], "benign", 100)["comparisons"]
-        if one["figure"].startswith("auc")
+        if one["figure"] == "auc benign vs FTC"
     ]
     expected = statistics.delong_test(first.test.y, second.test.p[:, 1], first.test.p[:, 1])[1]
     assert (entry["arm"], entry["against"]) == ("tiger_f", "none")
@@ -161,6 +161,35 @@ def test_only_equal_conditions_are_compared_and_each_figure_is_a_family() -> Non
     assert [one["high"] - one["low"] for one in macro] == pytest.approx(
         [one["high"] - one["low"] for one in of_auc], rel=0.25
     )
+
+
+def test_every_figure_of_the_tables_is_tested() -> None:
+    """By the bootstrap over patients where DeLong has no test, and as sure of it as resamples of the difference are."""
+    runs = [make_run("none", 0.5), make_run("tiger_f", 0.9, noise=1), make_run("sd", 0.7, noise=2)]
+    summary = figures.summarise(runs, "benign", 400)
+    pair = "tiger_f", "none"
+    found = {one["figure"]: one for one in summary["comparisons"] if (one["arm"], one["against"]) == pair}
+    tables = {"macro_auc", "balanced_accuracy", "accuracy", "brier", "auc benign", "auc FTC"}
+    assert set(found) == tables | {"auc benign vs FTC", "accuracy benign vs FTC"}
+    drawn = figures.draw(runs, "benign", 400)
+    for name, entry in found.items():
+        values = drawn["tiger_f"].values[name] - drawn["none"].values[name]
+        assert entry["value"] == pytest.approx(values[0])
+        if name != "auc benign vs FTC":
+            assert entry["test"].startswith("bootstrap over patients")
+            assert entry["p"] == pytest.approx(2 * stats.norm.sf(abs(values[0]) / values[1:].std(ddof=1)))
+        family = [one for one in summary["comparisons"] if one["figure"] == name]
+        assert [one["p_holm"] for one in family] == pytest.approx(statistics.holm([one["p"] for one in family]))
+    assert found["auc FTC"]["p"] == pytest.approx(found["auc benign vs FTC"]["p"], rel=0.3)  # two classes: the same AUC
+
+
+def test_scores_alone_have_figures_without_notes_on_the_training() -> None:
+    run = make_run("none", 0.8)
+    bare = replace(run, notes={"settings": run.notes["settings"]})
+    entry, noted = (figures.summarise([one], "benign", 20)["arms"]["none"] for one in (bare, run))
+    assert {name: value for name, value in noted.items() if name not in entry} == {
+        "selected_steps": [1], "images_per_second": [1.0]
+    }  # fmt: skip
 
 
 def test_resamples_are_the_same_for_every_condition() -> None:

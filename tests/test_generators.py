@@ -14,6 +14,7 @@ from benchmarks import generators
 from eval import statistics
 from eval.figures import Run
 from eval.runs import read_table, write_table
+from eval.study import Trial, read_condition
 from tiger.errors import InputError
 from tiger.files import read_json
 
@@ -214,12 +215,15 @@ def test_a_table_gives_back_the_runs(tmp_path: Path) -> None:
         rows = [[round(1 / (i + 2 + c), 7) for c in range(classes)] for i in range(len(names))]
         return {"file_name": [*names], "patient_id": ["01", "NA"], "label": ["benign", "MTC"], "probabilities": rows}
 
-    settings = {"task": "all", "seed": 3, "fold": None}
+    settings = {"task": "all", "seed": 3, "fold": None, "arm": "tiger_f_0", "amount": 5, "real_share": 0.25}
+    other = {"task": "MTC", "seed": 0, "fold": 2, "arm": "none", "amount": None, "real_share": 1.0}
+    net = {"model": "resnet18", "image_size": 64, "real_images": 99}
+    condition = "tiger_f_0, 5 a class, 0.25 of the real"
     runs = [
-        {"condition": "tiger_f_0, 5 a class", "classes": ["benign", "FTC", "MTC"], "settings": settings}
+        {"condition": condition, "classes": ["benign", "FTC", "MTC"], "settings": settings}
+        | net
         | {"valid": part("ab", 3), "test": part("cd", 3)},
-        {"condition": "none", "classes": ["benign", "MTC"], "settings": {"task": "MTC", "seed": 0, "fold": 2}}
-        | {"test": part("cd", 2)},
+        {"condition": "none", "classes": ["benign", "MTC"], "settings": other} | {"test": part("cd", 2)},
     ]
     write_table(tmp_path / "scores.csv", runs)
     assert read_table(tmp_path / "scores.csv") == runs
@@ -248,6 +252,15 @@ def test_a_table_that_is_not_one_is_refused_by_its_run(tmp_path: Path, was: str,
     path.write_text("\n".join(lines).replace(was, becomes))
     with pytest.raises(InputError, match=f"scores.csv: arm none, task all.*{told}"):
         read_table(path)
+
+
+def test_a_condition_says_what_it_is_of() -> None:
+    for trial in (Trial("all", "none", 0), Trial("all", "tiger_f_0", 0, None, 100), Trial("MTC", "sd", 1, 2, 5, 1 / 3)):
+        share = float(f"{trial.real_share:.4g}")
+        found = {"arm": trial.arm, "amount": trial.amount, "real_share": share}
+        assert read_condition(trial.condition) == found
+    with pytest.raises(ValueError, match="'none, all of it' is no arm with its amount and its share"):
+        read_condition("none, all of it")
 
 
 def test_generators_are_paired_by_number() -> None:

@@ -61,7 +61,22 @@ def test_multiclass_figures_are_those_of_scikit_learn() -> None:
         assert found["balanced_accuracy"][i] == pytest.approx(metrics.balanced_accuracy_score(y[rows], said))
         assert found["mcc"][i] == pytest.approx(metrics.matthews_corrcoef(y[rows], said))
         assert found["kappa"][i] == pytest.approx(metrics.cohen_kappa_score(y[rows], said))
+        macro = {"average": "macro", "zero_division": 0}
+        assert found["macro_precision"][i] == pytest.approx(metrics.precision_score(y[rows], said, **macro))
+        assert found["macro_f1"][i] == pytest.approx(metrics.f1_score(y[rows], said, **macro))
+        specificities = [metrics.recall_score(y[rows] != c, said != c) for c in range(3)]
+        assert found["macro_specificity"][i] == pytest.approx(np.mean(specificities))
         assert found["brier"][i] == pytest.approx(((p[rows] - np.eye(3)[y[rows]]) ** 2).sum(1).mean())
+
+
+def test_a_class_that_is_never_the_answer_has_no_precision_and_one_that_is_not_there_no_figures() -> None:
+    y, p = np.array([0, 0, 1, 1, 2]), np.eye(3)[[0, 1, 1, 1, 0]]
+    w = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], float)  # the second lacks the third class
+    found = scoring.multiclass_figures(y, p, ["a", "b", "c"], w)
+    assert found["macro_precision"][0] == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)  # 0, as of two classes
+    assert found["macro_f1"][0] == pytest.approx((1 / 2 + 4 / 5 + 0) / 3)
+    for name in ("macro_precision", "macro_specificity", "macro_f1", "balanced_accuracy"):
+        assert np.isnan(found[name]).tolist() == [False, True]
 
 
 def test_an_auc_has_one_implementation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import lzma
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import pytest
 from eval_samples import write_dataset
 from PIL import Image
 
-from eval import classify, tables, typeset
+from eval import classify, figures, tables, typeset
+from eval.runs import read_table
 from eval.typeset import Cell, Table
 from tiger.errors import InputError, run
 from tiger.files import read_json, write_json
@@ -62,6 +65,12 @@ def made(study: Path) -> Path:
     given = ["--classify", str(study / "report.json"), "--quality", f"sd_controlnet={study / 'quality.json'}"]
     tables.main([*given, "--output_dir", str(output)])
     return output
+
+
+@pytest.fixture(scope="module")
+def remade(study: Path) -> tables.Report:
+    """What the tables are made from."""
+    return tables.remade(*tables.read_study(str(study / "report.json")), None, None)
 
 
 def lines(path: Path) -> list[dict[str, str]]:
@@ -127,14 +136,81 @@ def test_generators_of_a_method_and_own_nets_stand_beside_the_papers(study: Path
     assert rows[-4:] == ["Tiger-N", "Tiger-N, generator 1", "Tiger-F", "further real images"]
 
 
-def test_axes_say_what_was_counted(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report, axes = dict(read_json(study / "report.json")), {}
+def test_axes_say_what_was_counted(remade: tables.Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = {}
     monkeypatch.setattr(tables, "write_curves", lambda name, curves, x, folder: axes.update({name: x}))
-    tables.write_plots(report, [], tables.published(), tmp_path)
+    tables.write_plots(remade, [], tables.published(), tmp_path)
     assert axes == {"figure5a": "images added a class", "figure5b": "real training images, mean of seeds and folds"}
-    older = {name: {k: v for k, v in of.items() if k != "real"} for name, of in report["arms"].items()}
-    with pytest.raises(InputError, match="of older code; run eval.classify again"):
-        tables.write_plots(report | {"arms": older}, [], tables.published(), tmp_path)
+
+
+def test_tables_are_made_from_the_scores_alone(study: Path, made: Path, tmp_path: Path) -> None:
+    table = (study / "report_scores.csv").read_bytes()
+    (tmp_path / "kept.csv.xz").write_bytes(lzma.compress(table))
+    given = ["--classify", str(tmp_path / "kept.csv.xz"), "--resamples", "40"]
+    tables.main([*given, "--output_dir", str(tmp_path / "t")])
+    names = {path.name for path in made.iterdir() if not path.name.startswith("table2")}
+    assert {path.name for path in (tmp_path / "t").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "t" / name).read_bytes() == (made / name).read_bytes(), name
+
+
+def test_figures_of_a_report_cannot_contradict_its_scores(study: Path, made: Path, tmp_path: Path) -> None:
+    report = read_json(study / "report.json")
+    shutil.copy(study / "report_scores.csv", tmp_path)
+    changed = {name: {k: {"value": 0.123} if "auc" in k else v for k, v in of.items()} for name, of in
+               report["arms"].items()}  # fmt: skip
+    write_json(tmp_path / "report.json", report | {"arms": changed, "comparisons": []})
+    given = ["--classify", str(tmp_path / "report.json"), "--output_dir", str(tmp_path / "t")]
+    tables.main(given)
+    for name in ("table3.csv", "table4.csv", "table5.csv", "figure5a.csv", "figure5b.csv"):
+        assert (tmp_path / "t" / name).read_bytes() == (made / name).read_bytes()
+    del changed["none"]
+    write_json(tmp_path / "report.json", report | {"arms": changed})
+    with pytest.raises(InputError, match="report_scores.csv has other arms than .*report.json; run eval.classify"):
+        tables.main(given)
+
+
+def test_a_table_of_older_code_needs_its_report_for_figure5b(study: Path, tmp_path: Path) -> None:
+    """It does not say how many real images there were, nor of which net it is."""
+    with open(study / "report_scores.csv", encoding="utf-8", newline="") as file:
+        rows = [{k: v for k, v in row.items() if k not in ("model", "image_size", "real_images")}
+                for row in csv.DictReader(file)]  # fmt: skip
+    with open(tmp_path / "report_scores.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    runs = [figures.read_run(one) for one in read_table(tmp_path / "report_scores.csv")]
+    alone = tables.remade(runs, {}, None, 5)
+    assert tables.sizes(alone).startswith("1 seed; test images: benign 8, FTC 8; 8 patients.")
+    with pytest.raises(InputError, match="of older code, and say not how many real images .* give its report"):
+        tables.figure5b(alone)
+    report = read_json(study / "report.json")
+    of_report = tables.remade(runs, report, None, 5)
+    assert tables.sizes(of_report).startswith("resnet18, 16 px, 1 seed;")
+    curve = tables.figure5b(of_report)["benign vs FTC"]["oversampling"]
+    assert [count for count, _ in curve] == [10, 20]
+
+
+def test_flags_say_what_the_scores_do_not(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--classify", str(study / "report_scores.csv"), "--resamples", "5", "--output_dir", str(tmp_path)]
+    tables.main([*given, "--negative", "FTC"])
+    assert {line["group"] for line in lines(tmp_path / "table4.csv")} == {"FTC vs benign"}
+    assert run(tables.main, [*given, "--negative", "normal"]) == 2
+    assert run(tables.main, [*given, "--against", "foo"]) == 2
+    assert run(tables.main, [*given, "--resamples", "1"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "--negative normal: no such class; there are benign, FTC" in errors[0]
+    assert "--against foo: no such arm; there are none, oversampling, tiger_f, real_upper" in errors[1]
+    assert "--resamples 1: must be 2 or more" in errors[2] and len(errors) == 3
+    own = (study / "report_scores.csv").read_text().replace(",all,", ",FTC,").replace("benign", "normal")
+    (tmp_path / "own.csv").write_text(own)
+    given = ["--classify", str(tmp_path / "own.csv"), "--resamples", "5", "--output_dir", str(tmp_path / "t")]
+    assert run(tables.main, given) == 2
+    assert "own.csv: no net knows benign; name another --negative" in capsys.readouterr().err
+    without = [one for one in read_table(study / "report_scores.csv") if one["settings"]["arm"] in ("none", "tiger_f")]
+    report = tables.remade([figures.read_run(one) for one in without], {}, None, 5)
+    assert tables.baseline(report, None) == "none"  # the first arm, where there is no oversampling
+    assert tables.baseline(report, "tiger_f") == "tiger_f"
 
 
 def test_a_path_may_hold_an_equals_sign(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,19 +237,26 @@ def test_table2_has_floors_and_names_what_the_cmmd_is_of(study: Path, made: Path
     assert "Features of E 12ab, 224 px; the paper's CMMD is of CLIP's" in text
 
 
-def test_tables_4_and_5_have_the_p_of_what_was_tested(study: Path, made: Path) -> None:
+def test_every_column_of_the_test_split_has_its_p(study: Path, made: Path) -> None:
     report = read_json(study / "report.json")
     p = {
         one["figure"]: one["p_holm"]
         for one in report["comparisons"]
         if (one["arm"], one["against"]) == ("tiger_f, 4 a class", "oversampling")
     }
-    for name, figure, column in (("table4", "auc benign vs FTC", "AUC"), ("table5", "macro_auc", "mean")):
+    shown = {
+        "table3": {"test": "auc benign vs FTC"},
+        "table4": {"accuracy": "accuracy benign vs FTC", "AUC": "auc benign vs FTC"},
+        "table5": {"accuracy": "accuracy", "mean": "macro_auc", "benign": "auc benign", "FTC": "auc FTC"}
+        | {"Brier score, summed": "brier"},
+    }
+    for name, columns in shown.items():
         found = {line["column"]: line["p"] for line in lines(made / f"{name}.csv") if line["row"] == "Tiger-F"}
-        assert float(found.pop(column)) == p[figure]
-        assert set(found.values()) == {""}  # accuracy, single classes and Brier scores are not tested
+        assert {column: float(found[column]) for column in columns} == {c: p[figure] for c, figure in columns.items()}
         text = (made / f"{name}.md").read_text()
-        assert "p: paired, against oversampling, adjusted after Holm; columns without p were not tested." in text
+        assert "p: paired, against oversampling, adjusted after Holm over all pairs of arms in a column." in text
+        assert ("No p on valid: states and thresholds are chosen there." in text) == (name == "table3")
+        assert set(found) - set(columns) == ({"valid"} if name == "table3" else set())
 
 
 def test_table2_takes_the_pairing_with_the_same_map(made: Path) -> None:
@@ -185,15 +268,13 @@ def test_table2_takes_the_pairing_with_the_same_map(made: Path) -> None:
     assert found["Tiger-F", "FTC", "CMMD"]["paper"] == "0.32"
 
 
-def test_table5_has_all_classes_and_no_figures_of_other_diseases(study: Path, made: Path) -> None:
+def test_table5_has_all_classes_and_no_figures_of_other_diseases(remade: tables.Report, made: Path) -> None:
     found = lines(made / "table5.csv")
     assert {line["column"] for line in found} == {"accuracy", "mean", "benign", "FTC", "Brier score, summed"}
     assert not any(line["paper"] for line in found)
     assert "Brier score: squared errors, summed over the classes, 0 to 2." in (made / "table5.md").read_text()
     classes = ("Bronchitis", "Pneumonia", "Broncho-pneumonia", "Bronchiolitis")
-    report = json.loads(json.dumps(read_json(study / "report.json")))
-    report["n"] = {name: dict.fromkeys(classes, 5) for name in ("train", "test")}
-    table = tables.table5(report, tables.published(), "oversampling")
+    table = tables.table5({**remade, "n": {"test": dict.fromkeys(classes, 5)}}, tables.published(), "oversampling")
     assert "summed over the classes, 0 to 2; the paper does not say which of its forms it has." in table.caption
     assert table.rows["Tiger-F"][0].paper == [0.8229, 0.81, 0.84]
 
@@ -221,9 +302,50 @@ def test_what_cannot_be_made_is_one_line(study: Path, tmp_path: Path, capsys: py
     assert run(tables.main, ["--classify", str(tmp_path / "report.json"), *output]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3
-    assert "give --classify" in errors[0] and "has no 'comparisons'" in errors[1] and "lacks none-seed0" in errors[2]
+    assert "give --classify" in errors[0] and "has no 'settings'" in errors[1]
+    assert "report_scores.csv: no such file, and tables are made from the scores; run eval.classify again" in errors[2]
     tables.main(["--classify", str(study / "report.json"), "--dry_run", *output])
     assert not (tmp_path / "t").exists()
+
+
+def test_tables_of_scores_that_cannot_be_compared_are_refused(study: Path, tmp_path: Path) -> None:
+    rows = (study / "report_scores.csv").read_text().splitlines(keepends=True)
+    part = tmp_path / "part.csv"
+    part.write_text("".join(row for row in rows if not row.startswith('"tiger_f')))
+    tables.read_study(str(part))  # fewer arms are fine
+    part.write_text("".join(row.replace("none,all,0,", "none,all,1,") for row in rows))
+    with pytest.raises(InputError, match="oversampling has other tasks, seeds or folds than none"):
+        tables.read_study(str(part))
+    first = next(row for row in rows if row.startswith("none,all,0,,test,"))
+    part.write_text("".join(row for row in rows if row != first))
+    with pytest.raises(InputError, match="oversampling, seed 0: its test images are others than before it"):
+        tables.read_study(str(part))
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "content", "told"),
+    [
+        ("--classify", "report.json", b"no JSON", "report.json: not JSON .*; give a report of the right kind"),
+        ("--classify", "README.md", b"a,b\n1\n1,2,3\n", "README.md: not JSON"),
+        ("--classify", "binary.json", bytes(range(256)), "binary.json: not JSON"),
+        ("--classify", "list.json", b"[1]", "list.json: has no 'settings'"),
+        ("--classify", "other.csv", b"a,b\n1\n1,2,3\n", "other.csv: cannot be read as a table of scores"),
+        ("--classify", "few.csv", b"a,b\n1,2\n", "few.csv: not a table of scores"),
+        ("--classify", "packed.csv.xz", b"no archive", "packed.csv.xz: cannot be read as a table of scores"),
+        ("--classify", "gone.csv", None, "gone.csv: no such file"),
+        ("--quality", "report_scores.csv", b"arm,task\nnone,all\n", "report_scores.csv: not JSON"),
+        ("--quality", "quality.json", b'{"per_class": {}}', "quality.json: has no 'extractor'"),
+        ("--quality", "gone.json", None, "gone.json: no such file"),
+    ],
+)
+def test_files_of_another_kind_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, name: str, content: bytes | None, told: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert run(tables.main, [flag, str(tmp_path / name), "--output_dir", str(tmp_path / "t")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(told, line), line
 
 
 def test_special_signs_survive_latex() -> None:

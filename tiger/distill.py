@@ -1,4 +1,4 @@
-"""Step distillation: adapters of a fine-tuned model's U-Net learn to draw in one to eight steps, without guidance.
+r"""Step distillation: adapters of a fine-tuned model's U-Net learn to draw in one to eight steps, without guidance.
 
     bash distill.sh --config configs/distill-tiny.yaml --data_dir runs/phantom --pretrained_model runs/finetune \
         --output_dir runs/distilled                        # minutes on a CPU; the same command resumes

@@ -1,4 +1,4 @@
-"""Fine-Training: two control encoders, for the nodule and for the rest, and their fusion, on a frozen coarse model.
+r"""Fine-Training: two control encoders, for the nodule and for the rest, and their fusion, on a frozen coarse model.
 
     bash finetune.sh --config configs/finetune-tiny.yaml --data_dir runs/phantom --pretrained_model runs/pretrain \
         --output_dir runs/finetune                         # minutes on a CPU; the same command resumes

@@ -1,4 +1,4 @@
-"""Synthesize labelled images: prompts, masks and Sobel maps of training rows in; PNGs and a manifest out.
+r"""Synthesize labelled images: prompts, masks and Sobel maps of training rows in; PNGs and a manifest out.
 
     python generation.py --model runs/finetune --data_dir data/thyroid --count FTC=30,MTC=30 --output_dir runs/new
     python generation.py --model runs/finetune --data_dir data/thyroid --mode refine --count FTC=9 --output_dir runs/r

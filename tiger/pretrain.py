@@ -1,4 +1,4 @@
-"""Coarse-Training: the U-Net, and with --train_text_encoder the text encoder, learns to draw images from full prompts.
+r"""Coarse-Training: the U-Net, and with --train_text_encoder the text encoder, learns to draw images from full prompts.
 
     bash pretrain.sh --config configs/pretrain-tiny.yaml --data_dir runs/phantom --pretrained_model assets/tiny-base \
         --output_dir runs/pretrain                         # minutes on a CPU; the same command resumes
