@@ -260,8 +260,23 @@ def check(
     kept = {condition: mean_sizes(found) for condition, found in kept_by.items()}
     warn_of_unequal(work, {condition: of["added"] for condition, of in kept.items()})
     unchecked = dict.fromkeys(text for of_fold in sources.values() for text in of_fold.unchecked)
-    told = [*unchecked, *unknown_weights(args.weights)]
+    told = [*unchecked, *unknown_weights(args.weights), *seen_by_generators(args)]
     return Checked(settings, tests, mean_sizes(sizes) | {"test": tested}, kept, told)
+
+
+def seen_by_generators(args: argparse.Namespace) -> list[str]:
+    """What a share of the real images leaves unsaid, on stderr too; nothing where no arm has synthetic ones."""
+    shares = [share for share in args.real_share if share < 1]
+    sets = [name for name in synthetic_sets(args.fake) if name in args.arms]
+    if not shares or not sets:
+        return []
+    text = (
+        f"--real_share {', '.join(f'{share:.4g}' for share in shares)} leaves out real training patients of the "
+        f"classifier alone: the generators of {', '.join(sets)} may have seen them, so that these arms have more than "
+        "that share; for fewer there too, train both on what python -m data.prepare subsample leaves"
+    )
+    print(f"warning: {text}", file=sys.stderr)
+    return [text]
 
 
 def mean_sizes(found: Sequence[dict[str, Sizes]]) -> dict[str, Sizes]:
