@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.images import add_knowledge, load_images, load_masks, name_rows, read_split
+from eval.images import HelpFormatter, add_knowledge, load_images, load_masks, name_rows, read_split
 from eval.judges import AttributeNet, load_attribute_net, normalise, predict_attributes, save_judge
 from eval.training import device, fit, shift
 from tiger.errors import InputError, run
@@ -138,8 +138,7 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m eval.attributes", description=__doc__, allow_abbrev=False)
     modes = parser.add_subparsers(dest="mode", required=True)
-    show_defaults = argparse.ArgumentDefaultsHelpFormatter
-    t = modes.add_parser("train", formatter_class=show_defaults, allow_abbrev=False)
+    t = modes.add_parser("train", formatter_class=HelpFormatter, allow_abbrev=False)
     t.add_argument("--data_dir", required=True, help="manifest with attributes, condition_fg and splits train, test")
     t.add_argument("--output_dir", required=True, help="folder for config.json, model.safetensors, metrics.json")
     t.add_argument("--max_train_steps", type=int, default=10000, help="optimizer steps")
@@ -149,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     t.add_argument("--width", type=int, default=24, help="channels at half resolution")
     t.add_argument("--seed", type=int, default=0)
     t.add_argument("--dry_run", action="store_true", help="check the input and train nothing")
-    e = modes.add_parser("evaluate", formatter_class=show_defaults, allow_abbrev=False)
+    e = modes.add_parser("evaluate", formatter_class=HelpFormatter, allow_abbrev=False)
     e.add_argument("--data_dir", required=True, help="manifest with attributes")
     e.add_argument("--split", default="test")
     e.add_argument("--model", default="assets/judges/attributes", help="folder of a trained attribute net")

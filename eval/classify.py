@@ -269,7 +269,7 @@ def check(
     tested = {label: sum(fold["test"][label] for fold in sizes) for label in sizes[0]["test"]}
     warn_of_unequal(work, {condition: of["added"] for condition, of in kept_by_condition(kept).items()})
     unchecked = dict.fromkeys(text for of_fold in sources.values() for text in of_fold.unchecked)
-    told = [*unchecked, *unknown_weights(args.weights)]
+    told = [*unchecked, *unknown_weights(args.weights), *seen_by_generators(args)]
     return Checked(settings, tests, mean_sizes(sizes) | {"test": tested}, kept, told)
 
 
@@ -279,6 +279,21 @@ def kept_by_condition(kept: dict[Trial, dict[str, Sizes]]) -> dict[str, dict[str
     for trial, sizes in kept.items():
         found[trial.condition].append(sizes)
     return {condition: mean_sizes(of) for condition, of in found.items()}
+
+
+def seen_by_generators(args: argparse.Namespace) -> list[str]:
+    """What a share of the real images leaves unsaid, on stderr too; nothing where no arm has synthetic ones."""
+    shares = [share for share in args.real_share if share < 1]
+    sets = [name for name in synthetic_sets(args.fake) if name in args.arms]
+    if not shares or not sets:
+        return []
+    text = (
+        f"--real_share {', '.join(f'{share:.4g}' for share in shares)} leaves out real training patients of the "
+        f"classifier alone: the generators of {', '.join(sets)} may have seen them, so that these arms have more than "
+        "that share; for fewer there too, train both on what python -m data.prepare subsample leaves"
+    )
+    print(f"warning: {text}", file=sys.stderr)
+    return [text]
 
 
 def mean_sizes(found: Sequence[dict[str, Sizes]]) -> dict[str, Sizes]:

@@ -7,8 +7,9 @@
 `evaluate` gives the CLIP score (that of other images' texts beside it) and, category by category, how often the term
 that CLIP thinks likeliest is the one the image was asked for: the paper's automated Turing test 3. Both also for real
 test images, equally many of each class, as no generator can be asked for more: in the categories that are not `able`
-there, CLIP knows nothing, and its agreement says nothing. The folder is one of transformers, so it serves `--extractor`
-too.
+there, CLIP knows nothing, and its agreement says nothing. A generator or a CLIP that was trained on the images or
+patients compared with is refused; what could not be checked is in the report. The folder is one of transformers, so it
+serves `--extractor` too.
 """
 
 import argparse
@@ -24,18 +25,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval import statistics
 from eval.features import RESIZE, load_whole, preparation
-from eval.images import add_knowledge, group_of, load_images, patients_of, read_split, select_split
+from eval.images import HelpFormatter, add_knowledge, group_of, load_images, patients_of, read_split, select_split
+from eval.leakage import CONFIG, refuse_leakage, refuse_trained
 from eval.privacy import balanced
 from eval.training import device, fit, shift
 from tiger.errors import InputError, run
-from tiger.files import read_json, write_json
+from tiger.files import atomic_path, read_json, write_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest
+from tiger.shards import content_hash
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "tiny-base" / "tokenizer"
 MAX_LENGTH = 77  # tokens
@@ -208,7 +212,18 @@ def train(args: argparse.Namespace, command: str) -> None:
     clip.save(Path(args.output_dir))
     notes = {"command": command, "split": "test", "resize": RESIZE, "train_n": len(images), "steps_per_second": speed}
     write_json(Path(args.output_dir) / "metrics.json", notes | metrics)
+    note_inputs(args, rows)
     print(json.dumps(metrics, indent=2))
+
+
+def note_inputs(args: argparse.Namespace, rows: Manifest) -> None:
+    """Write what the model was trained on beside it, as other trainings do, for `eval.leakage` to find."""
+    files = {row.file_name: content_hash(rows.file(row, "file_name")) for row in rows.rows}
+    write_json(Path(args.output_dir) / "inputs.json", {"files": files})
+    config = {"data_dir": args.data_dir, "split": "train", "knowledge": args.knowledge}
+    with atomic_path(Path(args.output_dir) / CONFIG) as temporary:
+        text = yaml.safe_dump(config | {"pretrained_model": args.pretrained_model})
+        temporary.write_text(text, encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -248,7 +263,7 @@ def measure(clip: Clip, manifest: Manifest, knowledge: Knowledge, patient_of: di
         known = stated >= 0
         hits[name] = np.where(known, found == stated, np.nan)
         chance.append(float((found == stated[other])[stated[other] >= 0].mean()))
-        categories[name] = statistics.mean_ci(hits[name][known], np.array(groups)[known])
+        categories[name] = statistics.share_ci(hits[name][known], np.array(groups)[known])
         categories[name]["majority"] = float(np.bincount(stated[known]).max() / known.sum())
     labels = np.array([str(row.label) for row in manifest.rows])
     table = np.stack(list(hits.values()), 1) if hits else np.full((len(labels), 1), np.nan)  # (N, categories)
@@ -282,6 +297,8 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
     real = read_split(args.real, None, synthetic=False, knowledge=args.knowledge)
     fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
     test = select_split(real, args.split)
+    compared = Manifest(real.path, (*real.select(split="train").rows, *test.rows))
+    unchecked = refuse_leakage(compared, [fake]).unchecked + refuse_trained(compared, Path(args.model))
     chosen = balanced(fake.rows, test.rows, np.random.default_rng(0))
     fake, test = (replace(m, rows=tuple(m.rows[i] for i in of)) for m, of in zip((fake, test), chosen, strict=True))
     if not test.rows:
@@ -295,11 +312,13 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
     sides = {name: measure(clip, rows, knowledge, patient_of) for name, rows in (("synthetic", fake), ("real", test))}
     metrics_path = Path(args.model) / "metrics.json"
     made_by = read_json(metrics_path)["command"] if metrics_path.is_file() else ""
-    interval = "95 %, bootstrap over patients; a synthetic image belongs to that of its map"
+    interval = "95 %, bootstrap over patients; a synthetic image belongs to that of its map; of a category's share of "
+    interval += "0 or 1, which every resample has too, Wilson's with as many trials as patients"
     head = {"command": command, "model": str(args.model), "model_made_by": made_by, "split": args.split}
     categories = sides["real"]["categories"]
     able = [name for name, of in categories.items() if of["low"] > of["majority"]]
-    write_json(args.output, head | {"resize": RESIZE, "interval": interval, "able": able} | sides)
+    head |= {"resize": RESIZE, "interval": interval, "unchecked": unchecked, "able": able}
+    write_json(args.output, head | sides)
     for name, side in sides.items():
         figures = f"CLIP score {side['clip_score']['value']:.2f} (shuffled {side['shuffled']['value']:.2f})"
         agreed = "no attributes"
@@ -321,8 +340,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     modes = parser.add_subparsers(dest="mode", required=True)
-    show_defaults = argparse.ArgumentDefaultsHelpFormatter
-    t = modes.add_parser("train", formatter_class=show_defaults, allow_abbrev=False)
+    t = modes.add_parser("train", formatter_class=HelpFormatter, allow_abbrev=False)
     t.add_argument("--data_dir", required=True, help="manifest with splits train and test")
     t.add_argument("--output_dir", required=True, help="folder for metrics.json and the model, as transformers has it")
     t.add_argument("--pretrained_model", help="local folder of transformers' CLIP; without it a small one from nothing")
@@ -332,7 +350,7 @@ def _parser() -> argparse.ArgumentParser:
     t.add_argument("--resolution", type=int, default=128, help="px, of a model from nothing")
     t.add_argument("--width", type=int, default=192, help="of a model from nothing")
     t.add_argument("--seed", type=int, default=0, help="of initialisation, order and phrases")
-    e = modes.add_parser("evaluate", formatter_class=show_defaults, allow_abbrev=False)
+    e = modes.add_parser("evaluate", formatter_class=HelpFormatter, allow_abbrev=False)
     e.add_argument("--model", required=True, help="what `train` wrote, or any CLIP in transformers' layout")
     e.add_argument("--real", required=True, help="manifest of real images")
     e.add_argument("--fake", required=True, help="manifest of synthetic images")

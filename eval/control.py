@@ -3,7 +3,8 @@
     python -m eval.control --fake runs/generated --real runs/data --judges assets/judges --output control.json
 
 Each figure stands between a floor, the same images judged against another image's request, and a ceiling, the same
-judge on held-out real images, whose classes are weighted as those of the generated ones. Judges see the image alone.
+judge on held-out real images, whose classes are weighted as those of the generated ones. Judges see the image alone. A
+generator that has seen these images or patients is refused, as are images derived from them.
 
 The judges in assets/judges know synthetic thyroid ultrasound only: on other images their figures mean nothing. Train
 some on yours with `python -m eval.segment train` and `python -m eval.attributes train`, and give them by --judges.
@@ -44,6 +45,7 @@ from eval.judges import (
     segment,
     trained_by,
 )
+from eval.leakage import refuse_leakage, unknown_weights
 from tiger.conditions import nodule_region, read_gray, read_mask, sobel_map
 from tiger.errors import InputError, run
 from tiger.files import write_json
@@ -51,6 +53,7 @@ from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest
 
 RESAMPLES = 1000
+JUDGES = Path(__file__).resolve().parents[1] / "assets" / "judges"  # what these were trained on is in assets/README.md
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,9 @@ def main(argv: list[str] | None = None) -> None:
             require_column(rows, column)
     knowledge = Knowledge.load(args.knowledge)
     refuse_strangers(Path(args.judges), attribute_net, (fake, real), knowledge)
+    train = every.select(split="train")
+    unchecked = refuse_leakage(Manifest(every.path, (*train.rows, *real.rows)), [fake]).unchecked
+    unchecked += unknown_weights(None if Path(args.judges).resolve() == JUDGES else args.judges)
     if args.dry_run:
         print(f"{len(fake.rows)} generated and {len(real.rows)} real images: fine; nothing judged")
         return
@@ -249,6 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         "split": args.split,
         "n": {"generated": len(fake.rows), "real": len(real.rows)},
         "interval": f"95 %, {RESAMPLES} bootstrap resamples of patients; a generated image belongs to that of its map",
+        "unchecked": unchecked,
         "judges": {name: trained_by(Path(args.judges) / name) for name in ("segmenter", "attributes")},
         "mask_iou": mask_control(segmenter, fake, real, patient_of),
         "sobel_correlation": sobel_control(fake, real, patient_of),

@@ -24,6 +24,13 @@ def add_knowledge(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names every default in --help, but for flags that have none, where argparse writes "None"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def read_split(
     data_dir: str | Path, split: str | None, *, synthetic: bool | None = None, knowledge: str | Path = "thyroid"
 ) -> Manifest:

@@ -3,8 +3,9 @@
     python -m eval.privacy --real runs/data --fake runs/generated --output privacy.json   # and privacy.html beside it
 
 Held-out images (splits valid and test) are of other patients than the training images, so they are as near to these as
-images can be that were not copied; a generator that has seen one of them is refused. Synthetic and held-out images are
-compared in equal numbers of each class.
+images can be that were not copied; a generator that has seen one of them is refused, as are synthetic and training
+images that show the same picture as one of them. Synthetic and held-out images are compared in equal numbers of each
+class.
 
 None of this proves privacy: it finds copies in the space of one extractor. Use several, an in-domain one among them.
 """
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from eval import charts, page, statistics
 from eval.features import features_of, load_extractor
 from eval.images import add_knowledge, group_of, load_native, patients_of, read_split
-from eval.leakage import held_out, refuse_leakage, unknown_weights
+from eval.leakage import held_out, refuse_leakage, refuse_shown, unknown_weights
 from eval.metrics import Features, nearest
 from eval.quality import add_extractor, checkpoint_of
 from eval.similarity import phash, ssim
@@ -208,7 +209,7 @@ def measure(train: Manifest, held: Manifest, fake: Manifest, features: Sequence[
     groups = [patient_of[row.file_name] for row in (*(train.rows[i] for i in members), *(held.rows[i] for i in others))]
 
     def shares(hit: Callable[[Seen], NDArray[np.bool_]]) -> dict[str, Any]:
-        return {name: statistics.mean_ci(hit(side), side.groups) for name, side in sides.items()}
+        return {name: statistics.share_ci(hit(side), side.groups) for name, side in sides.items()}
 
     return {
         "n": {"train": len(train.rows), "held_out": len(held.rows), "synthetic": len(fake.rows), "each": len(rows[0])},
@@ -343,6 +344,7 @@ def main(argv: list[str] | None = None) -> None:
     fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
     every, held = real.select(split="train"), Manifest(real.path, tuple(held_out(real)))
     checked = refuse_leakage(real, [fake])
+    refuse_shown(held, [fake, every])
     members = tuple(row for row in every.rows if row.file_name in checked.seen)
     train = replace(every, rows=members or every.rows)  # the others are no members; all, where nothing is known
     if len(train.rows) < 2 or not held.rows:
@@ -364,7 +366,8 @@ def main(argv: list[str] | None = None) -> None:
         "command": f"python -m eval.privacy {shlex.join(sys.argv[1:] if argv is None else argv)}",
         "extractor": extractor.name,
         "resize": extractor.resize,
-        "interval": "95 %, bootstrap over patients; a synthetic image belongs to that of its map",
+        "interval": "95 %, bootstrap over patients; a synthetic image belongs to that of its map; of a share of 0 or "
+        "1, which every resample has too, Wilson's with as many trials as patients",
         "unchecked": unchecked,
         **measure(train, held, fake, features, args.seed),
     }

@@ -5,11 +5,18 @@
     python -m eval.quality --real D --fake G --output quality.json --extractor resnet50 --extractor_weights resnet50.pth
     python -m eval.quality --real D --fake G --output quality.json --extractor models/clip-vit-large-patch14-336
 
+Of two sets: fid, kid, cmmd, cmmd_unbiased (MMD² without bias), density, coverage, precision and recall; with --metrics
+all also fid_infinity, geometry_score and, where the extractor has a classifier's head, inception_score. Of pairs of
+images: ssim, gradient_similarity (Liu, Lin & Narwaria 2012; 1 for equal images) and phash_distance (bits of 64 that
+differ), with --metrics all also sifid. The geometry score and gradient similarity are both called GS elsewhere.
+
 Sets that are compared have equally many images of each class, and the floor is the same figure between two such sets of
 real images which share no patient: FID, coverage and others depend on the number of images more than on anything else.
-A generator that has seen the held-out images or patients compared with is refused; `--split train` is for those it saw.
+A generator that has seen the held-out images or patients compared with is refused, as are synthetic and training images
+that show the same picture as one of them; `--split train` is for those it saw.
 
-    from eval.quality import fid, kid, cmmd, density_coverage, precision_recall, geometry_score, ssim   # numpy arrays
+    from eval.quality import fid, kid, cmmd, density_coverage, precision_recall, geometry_score   # numpy arrays
+    from eval.quality import ssim, gradient_similarity   # two grey images each
 """
 
 import argparse
@@ -27,7 +34,7 @@ from tqdm import tqdm
 from eval import statistics, topology
 from eval.features import DEFAULT, Extractor, default_cache, features_of, load_extractor, probabilities
 from eval.images import add_knowledge, group_of, patients_of, read_split, select_split
-from eval.leakage import refuse_leakage, unknown_weights
+from eval.leakage import refuse_leakage, refuse_shown, unknown_weights
 from eval.metrics import (
     CMMD_SCALE,
     CMMD_SIGMA,
@@ -294,6 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--most {args.most}: must be {FEWEST} or more")
     sets, left_out = class_sets(real, fake, patients_of(every.rows), args.most)
     unchecked = refuse_leakage(Manifest(every.path, (*train.rows, *real.rows)), [fake]).unchecked
+    refuse_shown(real, [fake, train])
     for label, one in left_out.items():
         print(f"warning: class {label} has too few images and is left out: {one}", file=sys.stderr)
     for label, one in sets.items():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.images import add_knowledge, load_images, load_masks, read_split
+from eval.images import HelpFormatter, add_knowledge, load_images, load_masks, read_split
 from eval.judges import Segmenter, load_segmenter, mask_iou, normalise, save_judge, segment
 from eval.training import device, fit, shift
 from tiger.errors import InputError, run
@@ -108,8 +108,7 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m eval.segment", description=__doc__, allow_abbrev=False)
     modes = parser.add_subparsers(dest="mode", required=True)
-    show_defaults = argparse.ArgumentDefaultsHelpFormatter
-    t = modes.add_parser("train", formatter_class=show_defaults, allow_abbrev=False)
+    t = modes.add_parser("train", formatter_class=HelpFormatter, allow_abbrev=False)
     t.add_argument("--data_dir", required=True, help="manifest with condition_fg and the splits train and test")
     t.add_argument("--output_dir", required=True, help="folder for config.json, model.safetensors, metrics.json")
     t.add_argument("--max_train_steps", type=int, default=6000, help="optimizer steps")
@@ -119,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     t.add_argument("--width", type=int, default=16, help="channels at half resolution")
     t.add_argument("--seed", type=int, default=0)
     t.add_argument("--dry_run", action="store_true", help="check the input and train nothing")
-    e = modes.add_parser("evaluate", formatter_class=show_defaults, allow_abbrev=False)
+    e = modes.add_parser("evaluate", formatter_class=HelpFormatter, allow_abbrev=False)
     e.add_argument("--data_dir", required=True, help="manifest with condition_fg")
     e.add_argument("--split", default="test")
     e.add_argument("--model", default="assets/judges/segmenter", help="folder of a trained segmenter")

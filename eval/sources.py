@@ -23,7 +23,7 @@ from tiger.manifest import Manifest
 
 DEFAULT_SET = "tiger_f"
 RARE = 0.25  # a class is rare that has fewer training images than this share of the largest one's
-FAR = 0.7  # AUC of real against synthetic from which on looks may tell
+TELLING = 0.6  # AUC of real against synthetic from which on looks tell more than little
 
 
 def synthetic_sets(given: Sequence[str], flag: str = "--fake") -> dict[str, str]:
@@ -118,19 +118,27 @@ def mean_of_folds(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def looks(trial: Trial, result: dict[str, Any], study: Study, data: Data) -> str:
-    """What follows for a trial from how well real and its synthetic images are told apart."""
+    """What follows for a trial from how well real and its synthetic images are told apart.
+
+    Judged by the whole interval: a small test or a net that has hardly been trained shows nothing.
+    """
     name, one = trial.arm, study.plans(trial, data)[0]
     shares = synthetic_shares(one.phases[0], one.y, data.origin, len(one.labels))
     in_classes = ", ".join(f"{label} {share:.0%}" for label, share in zip(one.labels, shares, strict=True))
     auc = f"Real and synthetic images ({name}) are told apart with an AUC of {result['auc']:.3f}"
-    if result["auc"] < FAR:
-        return f"{auc}: looks tell little."
+    if result["high"] < TELLING:
+        steps = f"{result['max_train_steps']:,} steps"
+        return f"{auc}, its interval below {TELLING}: looks tell a net of {steps} little."
+    if result["low"] >= TELLING:
+        auc += ", far from 0.5"
+    else:
+        auc += f" [{result['low']:.3f}, {result['high']:.3f}]: that looks tell little is not shown"
     if max(shares) - min(shares) < 0.02 or study.policy == "pretrain":
         return (
-            f"{auc}, far from 0.5. Synthetic images are as frequent in every class of a batch ({in_classes}), so "
+            f"{auc}. Synthetic images are as frequent in every class of a batch ({in_classes}), so "
             "looking synthetic tells nothing of the label."
         )
     return (
-        f"{auc}, far from 0.5, and they are not equally frequent in the classes of a batch ({in_classes}): the label "
+        f"{auc}, and they are not equally frequent in the classes of a batch ({in_classes}): the label "
         "may leak through looks, and the net may learn that instead of the disease."
     )

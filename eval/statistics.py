@@ -200,6 +200,23 @@ def wilson_ci(k: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - margin), min(1.0, centre + margin)
 
 
+def share_ci(hits: ArrayLike, groups: ArrayLike, n: int = 1000, seed: int = 0) -> dict[str, float]:
+    """{n, value, low, high} of the share of hits: mean_ci, or where none or all are hits Wilson's interval.
+
+    There every resample has the same share, and [0, 0] would say that a hit is impossible. Images of a group are not
+    independent, so it is of as many trials as groups.
+
+    Args:
+        hits: (N,) 0 and 1, or bool.
+        groups: the patient of each image.
+    """
+    found = mean_ci(hits, groups, n, seed)
+    if found["value"] in (0, 1):
+        trials = len(np.unique(np.asarray(groups)))
+        found["low"], found["high"] = wilson_ci(trials * int(found["value"]), trials)
+    return found
+
+
 def cluster_bootstrap_ci(
     metric: Callable[[NDArray, NDArray], float], y: ArrayLike, s: ArrayLike, groups: ArrayLike, n: int, seed: int
 ) -> tuple[float, float, float]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from eval.arms import EXTRA, PLAIN, REAL, UPPER, Group, Mixing, phases_of
 from eval.images import load_images, name_rows
-from eval.leakage import keys_of, looks_of, refuse_copies, refuse_near_copies
+from eval.leakage import keys_of, looks_of, refuse_copies, refuse_near_copies, with_mirrored
 from tiger.errors import InputError
 from tiger.manifest import SPLITS, Manifest
 
@@ -153,8 +153,8 @@ def classes_of(real: Manifest, order: Sequence[str]) -> list[str]:
 
 
 def load(sources: Sources, classes: list[str], image_size: int) -> Data:
-    """Read all images. Raises InputError where one that is trained on, or one of valid, is a copy of a held-out one, a
-    synthetic one shows the same picture as a held-out one, or a further real one is a copy of one that is trained on.
+    """Read all images. Raises InputError where one that is trained on shows the same picture as a held-out one, one of
+    valid the same as one of test, or a further real one is a copy of one that is trained on.
     """
     pools = {REAL: sources.real.select(split="train")}
     pools |= {name: fake.select(labels=classes) for name, fake in sources.fakes.items()}
@@ -166,13 +166,13 @@ def load(sources: Sources, classes: list[str], image_size: int) -> Data:
     keys, kept_out_keys = ({name: keys_of(of_one) for name, of_one in of.items()} for of in (images, looked_at))
     for name, split in itertools.product(pools, kept_out):  # a synthetic set may be called "test"
         refuse_copies(pools[name], keys[name], kept_out[split], kept_out_keys[split])
-    if sources.fakes:
-        kept_out_looks = {split: looks_of(of_split) for split, of_split in looked_at.items()}
-        for name in sources.fakes:
-            looks = looks_of(images[name])
-            for split, rows in kept_out.items():
-                refuse_near_copies(pools[name], looks, rows, kept_out_looks[split])
     refuse_copies(kept_out["valid"], kept_out_keys["valid"], kept_out["test"], kept_out_keys["test"])
+    kept_out_looks = {split: looks_of(with_mirrored(of_split)) for split, of_split in looked_at.items()}
+    for name, pool in pools.items():
+        looks = looks_of(images[name])
+        for split, rows in kept_out.items():
+            refuse_near_copies(pool, looks, rows, kept_out_looks[split])
+    refuse_near_copies(kept_out["valid"], looks_of(looked_at["valid"]), kept_out["test"], kept_out_looks["test"])
     if EXTRA in pools:
         refuse_copies(pools[EXTRA], keys[EXTRA], pools[REAL], keys[REAL])
 

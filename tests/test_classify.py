@@ -5,19 +5,22 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from eval_samples import write_dataset
-from PIL import Image
+from PIL import Image, ImageOps
 from training_samples import flags, save_base
 
-from eval import classifier, classify, features, figures, leakage, realism, runs, training
+from eval import classifier, classify, features, figures, leakage, realism, runs, sources, training
 from eval.images import load_images, source_patients
 from eval.runs import SHARES
 from eval.study import Data, Held, Sources, Trial, classes_of, kept, load
 from tiger import manifest, pretrain
+from tiger.conditions import read_gray
 from tiger.errors import InputError, WorkFailed, run
 from tiger.files import read_json, write_json
 from tiger.manifest import Row
@@ -175,6 +178,8 @@ def test_amounts_and_shares_of_the_real(folders: dict[str, Path], tmp_path: Path
     given = arguments(folders, output, "--no_realism", "--arms", "oversampling", "tiger_f", "--amounts", "2,4")
     classify.main([*given, "--real_share", "0.5,1"])
     report = json.loads(output.read_text())
+    said = report["unchecked"][-1]  # the generator saw what it saw
+    assert said.startswith("--real_share 0.5 leaves out") and "the generators of tiger_f may have seen them" in said
     arms = ["oversampling", "tiger_f, 2 a class", "tiger_f, 4 a class"]
     assert list(report["arms"]) == [f"{arm}, 0.5 of the real" for arm in arms] + arms
     assert report["arms"]["oversampling, 0.5 of the real"]["real"] == {"benign": 10, "PTC": 6, "FTC": 2}
@@ -452,6 +457,25 @@ def test_what_cannot_be_checked_is_said(folders: dict[str, Path], tmp_path: Path
     assert "so not checked: images/" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("every", [True, False])
+def test_rows_without_a_patient_are_said(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], every: bool
+) -> None:
+    """Of one file where some rows lack it, of two where all do: the real ones and the further real ones."""
+
+    def nameless(row: Row) -> Row:
+        return replace(row, patient_id=None) if every or row.file_name == "images/P0002.png" else row
+
+    real, extra = (spoil(folders[name], tmp_path / "nameless", nameless) for name in ("real", "extra"))
+    classify.main(arguments(folders | {"real": real}, tmp_path / "r.json", "--extra_real", str(extra), "--dry_run"))
+    told = capsys.readouterr().err
+    assert f"{real}: {'84 of 84' if every else '1 of 84'} rows have no patient_id: images/P000" in told
+    assert (f"{extra}: 36 of 36 rows have no patient_id" in told) == every
+    assert "counts as a patient of its own" in told and "intervals may be too narrow; fill the column in" in told
+    assert len(leakage.refuse_leakage(manifest.read(real), []).unchecked) == 1
+    assert leakage.refuse_leakage(manifest.read(folders["real"]), []).unchecked == []
+
+
 def test_a_generator_of_older_code_whose_data_are_gone_is_said(
     folders: dict[str, Path], tmp_path: Path, capsys
 ) -> None:
@@ -635,15 +659,16 @@ def test_a_copy_of_a_test_image_is_refused(folders: dict[str, Path], tmp_path: P
             classify.main(arguments(folders | {"real": real}, tmp_path / "r.json", "--dry_run"))
 
 
-@pytest.mark.parametrize(("gain", "offset"), [(1, 1), (0.8, 20)])
+@pytest.mark.parametrize(("gain", "offset", "mirrored"), [(1, 1, False), (0.8, 20, False), (1, 2, True)])
 def test_a_synthetic_image_that_shows_a_held_out_one_is_refused(
-    folders: dict[str, Path], tmp_path: Path, gain: float, offset: int
+    folders: dict[str, Path], tmp_path: Path, gain: float, offset: int, mirrored: bool
 ) -> None:
     fake = tmp_path / "fake"
     shutil.copytree(folders["fake"], fake)
     for row, copied in zip(manifest.read(fake).rows[3:5], ("P0055", "P0070"), strict=True):  # of valid, of test
         with Image.open(folders["real"] / "images" / f"{copied}.png") as image:
-            image.point(lambda level: gain * level + offset).save(fake / row.file_name)
+            near = image.point(lambda level: gain * level + offset)
+            (ImageOps.mirror(near) if mirrored else near).save(fake / row.file_name)
     given = arguments(folders | {"fake": fake}, tmp_path / "r.json", "--dry_run")
     with pytest.raises(
         InputError, match="show the same picture as one in valid of .*: images/S0003.png = images/P0055"
@@ -654,6 +679,43 @@ def test_a_synthetic_image_that_shows_a_held_out_one_is_refused(
         classify.main(given)
     manifest.write(fake / "metadata.jsonl", [row for i, row in enumerate(manifest.read(fake).rows) if i != 3])
     classify.main(given)
+
+
+@pytest.mark.parametrize(("copied", "of"), [("real/images/P0000", "P0070"), ("real/images/P0055", "P0070")])
+def test_a_real_image_that_shows_a_held_out_one_is_refused(
+    folders: dict[str, Path], tmp_path: Path, copied: str, of: str
+) -> None:
+    """In train and in valid, which are of other patients than test."""
+    shutil.copytree(folders["real"], tmp_path / "real")
+    with Image.open(folders["real"] / "images" / f"{of}.png") as image:
+        image.point(lambda level: level + 2).save(tmp_path / f"{copied}.png")
+    message = f"show the same picture as one in test of .*: images/{Path(copied).name}.png = images/{of}.png; drop"
+    with pytest.raises(InputError, match=message):
+        classify.main(arguments(folders | {"real": tmp_path / "real"}, tmp_path / "r.json", "--dry_run"))
+
+
+def test_a_further_real_image_that_shows_a_held_out_one_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["extra"], tmp_path / "extra")
+    with Image.open(folders["real"] / "images" / "P0055.png") as image:
+        image.point(lambda level: level + 2).save(tmp_path / "extra" / "images" / "E0001.png")
+    given = arguments(folders, tmp_path / "r.json", "--extra_real", str(tmp_path / "extra"), "--dry_run")
+    with pytest.raises(
+        InputError, match="show the same picture as one in valid of .*: images/E0001.png = images/P0055"
+    ):
+        classify.main(given)
+
+
+def test_real_images_of_different_patients_are_not_taken_for_one() -> None:
+    """Nor are their mirror images: 256 breast sonograms, a patient each."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "BrEaST"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    paths = sorted(path for path in folder.glob("*/*.png") if "_" not in path.stem)  # no masks
+    images = np.stack([read_gray(path, 64) for path in paths])
+    rows = [Row(path.name, "", "", split="test") for path in paths]
+    training, kept_out = (manifest.Manifest(folder, tuple(part)) for part in (rows[:128], rows[128:]))
+    known = leakage.looks_of(leakage.with_mirrored(images[128:]))
+    leakage.refuse_near_copies(training, leakage.looks_of(images[:128]), kept_out, known)
 
 
 def test_a_hash_alone_makes_no_copy(folders: dict[str, Path]) -> None:
@@ -734,6 +796,27 @@ def test_local_weights_are_loaded(tmp_path: Path) -> None:
     for recipe in (classifier.Recipe(model="resnet34", weights=str(tmp_path / "resnet18.pth")),):
         with pytest.raises(InputError, match="resnet18.pth: not a resnet34"):
             classifier.build(recipe, classes=4)
+
+
+@pytest.mark.parametrize(
+    ("interval", "shares", "said"),
+    [
+        ((0.52, 0.47, 0.58), (0.25, 0.25), "AUC of 0.520, its interval below 0.6: looks tell a net of 9 steps little."),
+        ((0.564, 0.44, 0.65), (0.25, 0.25), "0.564 [0.440, 0.650]: that looks tell little is not shown. Synthetic"),
+        ((0.564, 0.44, 0.65), (0.25, 0.5), "little is not shown, and they are not equally frequent"),
+        ((0.72, np.nan, np.nan), (0.25, 0.25), "that looks tell little is not shown. Synthetic"),
+        ((0.97, 0.95, 0.98), (0.25, 0.25), "AUC of 0.970, far from 0.5. Synthetic images are as frequent in every"),
+        ((0.97, 0.95, 0.98), (0.25, 0.5), "AUC of 0.970, far from 0.5, and they are not equally frequent"),
+    ],
+)
+def test_looks_are_judged_by_the_interval(
+    monkeypatch: pytest.MonkeyPatch, interval: tuple[float, ...], shares: tuple[float, ...], said: str
+) -> None:
+    monkeypatch.setattr(sources, "synthetic_shares", lambda *of: shares)
+    plan = SimpleNamespace(phases=[[]], y=np.zeros(0), labels=["benign", "FTC"])
+    study, data = SimpleNamespace(plans=lambda trial, data: [plan], policy="share"), SimpleNamespace(origin=np.zeros(0))
+    result = dict(zip(("auc", "low", "high"), interval, strict=True)) | {"max_train_steps": 9}
+    assert said in sources.looks(Trial("all", "tiger_f", 0), result, cast(Any, study), cast(Any, data))
 
 
 def test_realism_halves_share_no_patient() -> None:

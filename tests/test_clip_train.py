@@ -1,6 +1,8 @@
 """A tiny CLIP learns where the disc is from texts, is stored as transformers has it, and judges images by it."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from eval_samples import write_dataset
 
 from eval import clip_train, features
+from tiger import manifest
 from tiger.errors import InputError, run
 
 TINY = ["--resolution", "32", "--width", "48", "--train_batch_size", "16", "--learning_rate", "0.0003"]
@@ -38,9 +41,9 @@ def test_it_learns_and_judges(trained: tuple[Path, Path], tmp_path: Path) -> Non
     said = [{key: json.loads(row)[key] for key in ("text_fg", "attributes")} for row in rows]
     wrong.write_text("\n".join(json.dumps(json.loads(r) | s) for r, s in zip(rows, said[1:] + said[:1], strict=True)))
     found = {}
-    for name, manifest in (("right", fake.path), ("wrong", wrong)):
+    for name, path in (("right", fake.path), ("wrong", wrong)):
         output = tmp_path / f"{name}.json"
-        given = ["--model", str(model), "--real", str(data), "--fake", str(manifest), "--output", str(output)]
+        given = ["--model", str(model), "--real", str(data), "--fake", str(path), "--output", str(output)]
         clip_train.main(["evaluate", *given])
         found[name] = json.loads(output.read_text())
     right, wrong_ones = found["right"]["synthetic"], found["wrong"]["synthetic"]
@@ -109,8 +112,9 @@ def test_agreement_is_a_plain_mean_over_the_categories_that_are_stated() -> None
 
 def test_both_sides_have_the_same_classes(trained: tuple[Path, Path], tmp_path: Path) -> None:
     model, _ = trained
-    real = write_dataset(tmp_path / "real", {"test": {"benign": 9, "FTC": 3, "PTC": 4}})
-    fake = write_dataset(tmp_path / "fake", {"train": {"benign": 5, "FTC": 8, "MTC": 2}}, synthetic=True, prefix="S")
+    real = write_dataset(tmp_path / "real", {"test": {"benign": 9, "FTC": 3, "PTC": 4}}, seed=2)
+    made = {"train": {"benign": 5, "FTC": 8, "MTC": 2}}
+    fake = write_dataset(tmp_path / "fake", made, seed=3, synthetic=True, prefix="S")
     given = ["--model", str(model), "--fake", str(fake.root), "--output", str(tmp_path / "clip.json")]
     clip_train.main(["evaluate", *given, "--real", str(real.root)])
     report = json.loads((tmp_path / "clip.json").read_text())
@@ -120,6 +124,45 @@ def test_both_sides_have_the_same_classes(trained: tuple[Path, Path], tmp_path: 
     other = write_dataset(tmp_path / "other", {"test": {"PTC": 2}})
     with pytest.raises(InputError, match="no class in common with split 'test'"):
         clip_train.main(["evaluate", *given, "--real", str(other.root)])
+
+
+def test_what_has_seen_the_test_is_refused(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A generator, images drawn after test images, and the CLIP itself; of another's CLIP it is said."""
+    model, data = trained
+    fake = write_dataset(tmp_path / "fake", {"train": {"benign": 4}}, seed=5, synthetic=True, prefix="S")
+    given = ["evaluate", "--fake", str(fake.root), "--output", str(tmp_path / "clip.json")]
+    own = [*given, "--model", str(model), "--real", str(data)]
+    clip_train.main(own)
+    (unknown,) = json.loads((tmp_path / "clip.json").read_text())["unchecked"]
+    assert "4 rows do not say which model made them" in unknown
+    rows = [replace(row, derived_from=("images/P0080.png",)) for row in fake.rows]
+    manifest.write(fake.path, rows)
+    with pytest.raises(InputError, match="rows derived from valid or test images of .*: images/S0000.png"):
+        clip_train.main(own)
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "config.yaml").write_text(f"data_dir: {data}\nsplit: test\n")
+    manifest.write(fake.path, [replace(row, model=f"{tmp_path / 'net'}@abc") for row in fake.rows])
+    with pytest.raises(InputError, match="the generator .*net was trained on patients of valid or test"):
+        clip_train.main(own)
+    manifest.write(fake.path, fake.rows)
+    swapped = {"train": "test", "test": "train"}  # what the CLIP was trained on is now the test
+    manifest.write(data / "swapped.jsonl", [replace(r, split=swapped[str(r.split)]) for r in manifest.read(data).rows])
+    with pytest.raises(InputError, match="the net .*model was trained on patients of valid or test: images/P0000.png"):
+        clip_train.main([*given, "--model", str(model), "--real", str(data / "swapped.jsonl")])
+    other = shutil.copytree(model, tmp_path / "other", ignore=shutil.ignore_patterns("config.yaml"))
+    capsys.readouterr()
+    clip_train.main([*given, "--model", str(other), "--real", str(data), "--dry_run"])
+    assert f"what {other} was trained on is not known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_help_names_no_default_where_there_is_none(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        clip_train.main([mode, "--help"])
+    told = capsys.readouterr().out
+    assert "None" not in told and "(default: thyroid)" in told
 
 
 def test_wrong_input_is_one_line(trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -169,6 +169,9 @@ def test_command_writes_a_report(folders: tuple[Manifest, Manifest], tmp_path: P
     assert report["n"] == {"generated": 18, "real": 15}
     assert report["command"].startswith("python -m eval.control --fake ")
     assert report["judges"]["segmenter"] == {"folder": str(tmp_path / "judges" / "segmenter"), "command": "train it"}
+    makers, judges = report["unchecked"]
+    assert "18 rows do not say which model made them" in makers
+    assert judges.startswith(f"what {tmp_path / 'judges'} was trained on is not known")
     assert report["judges"]["attributes"]["command"] == ""  # nobody wrote down how it was made
     assert set(report) >= {"mask_iou", "sobel_correlation", "attribute_agreement"}
     control.main([*given, "--output", str(tmp_path / "dry.json"), "--dry_run"])
@@ -178,6 +181,25 @@ def test_command_writes_a_report(folders: tuple[Manifest, Manifest], tmp_path: P
     manifest.write(real.root / "metadata.jsonl", [replace(row, label="MTC") for row in real.rows])
     with pytest.raises(InputError, match="no class in common"):
         control.main([*given, "--output", str(tmp_path / "c.json")])
+
+
+def test_what_was_made_from_the_ceilings_images_is_refused(
+    folders: tuple[Manifest, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake, real = folders
+    given = ["--fake", str(fake.root), "--real", str(real.root), "--judges", str(JUDGES), "--dry_run"]
+    given += ["--output", str(tmp_path / "c.json")]
+    control.main(given)
+    assert "judges was trained on" not in capsys.readouterr().err  # it is known of those that come with the code
+    rows = [replace(row, derived_from=(real.rows[0].file_name,)) for row in fake.rows]
+    manifest.write(fake.path, rows)
+    with pytest.raises(InputError, match="rows derived from valid or test images of .*: images/S0000.png"):
+        control.main(given)
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "config.yaml").write_text(f"data_dir: {real.root}\nsplit: test\n")
+    manifest.write(fake.path, [replace(row, model=f"{tmp_path / 'net'}@abc") for row in fake.rows])
+    with pytest.raises(InputError, match="the generator .*net was trained on patients of valid or test"):
+        control.main(given)
 
 
 @pytest.mark.parametrize("name", ["fake", "real"])

@@ -1,6 +1,7 @@
 """Copies are found, honest images are not accused; the page shows the pairs."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from eval_samples import write_dataset
 from PIL import Image
 from scipy import stats
 
-from eval import page, privacy
+from eval import page, privacy, statistics
 from tiger import manifest
 from tiger.errors import InputError, run
 from tiger.manifest import Manifest
@@ -82,6 +83,9 @@ def test_honest_images_are_not_accused(
 
 def test_copies_are_found(real: Manifest, copied: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = report_of(real, copied, tmp_path, monkeypatch)
+    none = report["authenticity"]["synthetic"]  # of 120 images of 60 patients
+    assert (none["n"], none["value"]) == (120, 0) and "Wilson's" in report["interval"]
+    assert (none["low"], none["high"]) == pytest.approx(statistics.wilson_ci(0, 60))
     assert report["near"]["synthetic"]["value"] > 0.95
     assert report["authenticity"]["synthetic"]["value"] < 0.05 < report["authenticity"]["held_out"]["low"]
     assert report["c_t"]["high"] < -3
@@ -145,6 +149,27 @@ def test_a_generator_that_saw_the_holdout_is_refused(
         else:
             with pytest.raises(InputError, match="was trained on patients of valid or test"):
                 privacy.main(given)
+
+
+@pytest.mark.parametrize("where", ["synthetic", "train"])
+def test_a_copy_of_a_held_out_image_is_refused(real: Manifest, honest: Manifest, tmp_path: Path, where: str) -> None:
+    folders = {"synthetic": tmp_path / "fake", "train": tmp_path / "real"}
+    shutil.copytree(honest.root, folders["synthetic"])
+    shutil.copytree(real.root, folders["train"])
+    name = {"synthetic": "images/S0004.png", "train": "images/P0004.png"}[where]
+    shutil.copy(real.root / "images" / "P0150.png", folders[where] / name)
+    given = ["--real", folders["train"], "--fake", folders["synthetic"], "--output", tmp_path / "p.json", "--dry_run"]
+    with pytest.raises(InputError, match=f"same picture as one in test of .*: {name} = images/P0150.png; drop"):
+        privacy.main([str(word) for word in given])
+
+
+def test_rows_without_a_patient_are_in_the_report(
+    real: Manifest, honest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images").symlink_to(real.root / "images")
+    manifest.write(tmp_path / "metadata.jsonl", [replace(row, patient_id=None) for row in real.rows])
+    unchecked = report_of(manifest.read(tmp_path), honest, tmp_path, monkeypatch)["unchecked"]
+    assert any("240 of 240 rows have no patient_id" in text for text in unchecked)
 
 
 def test_authenticity_by_hand() -> None:

@@ -414,6 +414,29 @@ def test_a_generator_that_saw_the_reference_is_refused(sets: tuple[Manifest, Man
             quality.main([*given, "--split", compared_with])
 
 
+@pytest.mark.parametrize("where", ["fake", "real"])
+def test_a_copy_of_a_test_image_is_refused(sets: tuple[Manifest, Manifest], tmp_path: Path, where: str) -> None:
+    """Among the synthetic images and among those of train; a copy of a training image is what is measured."""
+    real, fake = sets
+    given = ["--real", str(real.root), "--fake", str(fake.root), "--output", str(tmp_path / "q.json"), "--dry_run"]
+    (fake.root / "images" / "S0001.png").write_bytes((real.root / "images" / "P0000.png").read_bytes())
+    quality.main(given)
+    name = {"fake": "images/S0004.png", "real": "images/P0004.png"}[where]
+    (tmp_path / where / name).write_bytes((real.root / "images" / "P0050.png").read_bytes())
+    with pytest.raises(InputError, match=f"same picture as one in test of .*: {name} = images/P0050.png; drop"):
+        quality.main(given)
+    quality.main([*given, "--split", "train"])
+
+
+def test_help_names_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        quality.main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    quick, slow = ("fid", "kid", "cmmd", "density", "coverage", *similarity.MEASURES), ("fid_infinity", "sifid")
+    assert all(name in told for name in (*quick, *slow, "inception_score"))
+    assert "with --metrics all also fid_infinity, geometry_score" in told
+
+
 def test_a_small_class_is_left_out(
     sets: tuple[Manifest, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -137,6 +137,15 @@ def test_wilson_interval_is_that_of_statsmodels() -> None:
         assert statistics.wilson_ci(k, n) == pytest.approx(expected, abs=1e-12)
 
 
+def test_a_share_of_none_or_all_has_wilsons_interval_of_as_many_trials_as_patients() -> None:
+    patients = np.repeat(np.arange(10), 6)
+    none, every = (statistics.share_ci(np.full(60, hit), patients) for hit in (False, True))
+    assert none == {"n": 60, "value": 0, "low": 0, "high": pytest.approx(statistics.wilson_ci(0, 10)[1])}
+    assert every == {"n": 60, "value": 1, "low": pytest.approx(statistics.wilson_ci(10, 10)[0]), "high": 1}
+    some = np.arange(60) < 7
+    assert statistics.share_ci(some, patients) == statistics.mean_ci(some, patients)
+
+
 def test_hosmer_lemeshow_by_hand() -> None:
     y = np.array([0, 0, 1, 0, 1, 1])
     p = np.array([0.1, 0.2, 0.3, 0.6, 0.7, 0.8])
