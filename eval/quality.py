@@ -67,6 +67,7 @@ __all__ = [
 
 FEWEST = 2  # images of a class in a set; a class with fewer is left out
 FEW = 5  # patients of a class on a side; of fewer, resamples hardly tell how figures vary
+LARGE = 5000  # images of a set; of more, all figures take hours
 EMPTY = np.array([], np.int64)
 REPEATS = 10  # random splits that a value is averaged over
 RESAMPLES = 100
@@ -308,6 +309,9 @@ def main(argv: list[str] | None = None) -> None:
         if min(len(one.real), len(one.fake)) < FEW:
             told = f"{len(one.real)} patients, and synthetic ones drawn after {len(one.fake)}"
             print(f"warning: class {label} has images of {told}: its intervals tell little", file=sys.stderr)
+    if (n := sum(one.n for one in sets.values())) > LARGE:
+        told = f"{n:,} images a side, compared {2 * REPEATS + RESAMPLES} times; time goes as the square of their number"
+        print(f"warning: {told}: --most takes a part of each class", file=sys.stderr)
     extractor = load_extractor(args.extractor, args.extractor_weights)
     unchecked += unknown_weights(checkpoint_of(args))
     if args.dry_run:

@@ -1,6 +1,7 @@
 """Likeness of two images against reference values that nobody here made; the comparison of two manifests."""
 
 import json
+import re
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -237,6 +238,20 @@ def test_a_checkpoint_of_unknown_training_is_said(
         said = [line for line in capsys.readouterr().err.splitlines() if "it must have seen no image" in line]
         assert len(said) == (named is not None)
         assert all(f"what {named} was trained on is not known" in line for line in said)
+
+
+def test_sets_that_take_hours_are_said(
+    sets: tuple[Manifest, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fake = sets
+    given = ["--real", str(real.root), "--fake", str(fake.root), "--output", str(tmp_path / "q.json"), "--dry_run"]
+    quality.main(given)
+    assert "--most" not in capsys.readouterr().err
+    monkeypatch.setattr(quality, "LARGE", 10)
+    quality.main(given)
+    assert re.search(r"warning: \d+ images a side, compared \d+ times; .* --most takes a part", capsys.readouterr().err)
+    quality.main([*given, "--most", "2"])
+    assert "--most" not in capsys.readouterr().err
 
 
 def test_all_metrics_on_request(
