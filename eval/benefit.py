@@ -5,7 +5,20 @@ from typing import Any
 
 from eval import charts, figures
 from eval.arms import title
-from eval.html import bounds, bracket, cell, difference, escape, image, made_by, number, section, stacked, table
+from eval.html import (
+    bounds,
+    bracket,
+    cell,
+    difference,
+    escape,
+    image,
+    made_by,
+    not_checked,
+    number,
+    section,
+    stacked,
+    table,
+)
 from eval.results import Results, headline
 
 OPERATING = {
@@ -58,7 +71,7 @@ def benefit_section(results: Results) -> str:
     }
     parts = [
         f"<p>{escape(text_of(report))} {made_by(results, 'classify')}</p>",
-        *(f"<p><b>Not checked for leaks</b>: {escape(text)}.</p>" for text in report.get("unchecked", ())),
+        not_checked(report),
         image(
             charts.interval_chart(estimates, "test AUC"),
             "AUC with its 95 % interval, by arm.",

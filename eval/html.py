@@ -34,6 +34,11 @@ def row_of(tag: str, cells: Sequence[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
 
 
+def not_checked(report: Mapping[str, Any]) -> str:
+    """What a report says could not be checked for leaks, a paragraph each."""
+    return "\n".join(f"<p><b>Not checked for leaks</b>: {escape(text)}.</p>" for text in report.get("unchecked", ()))
+
+
 def made_by(results: Results, output: str) -> str:
     """A link to the command that made a figure."""
     titles = {entry["output"]: entry["title"] for entry in (*results.commands, *results.shipped)}

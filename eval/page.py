@@ -7,7 +7,7 @@ from typing import Any
 
 from eval import charts
 from eval.benefit import benefit_section, class_of
-from eval.html import bracket, cell, escape, image, made_by, number, section, table
+from eval.html import bracket, cell, escape, image, made_by, not_checked, number, section, table
 from eval.results import PICTURE, ROOT, Results, headline
 from tiger.conditions import read_gray, read_mask
 from tiger.manifest import Manifest, Row
@@ -146,6 +146,7 @@ def control_section(results: Results) -> str:
         "control",
         "Do the images show what was asked for?",
         f"<p>{escape(text)} {' '.join(links)}</p>",
+        not_checked(report),
         table(head, [control_row(title, report[name]) for name, title in CONTROLS.items()]),
         "<h3>By attribute</h3>",
         f"<p>{SPECTRUM}</p>" if {"definition", "detail"} <= categories.keys() else "",
@@ -200,6 +201,7 @@ def quality_section(results: Results) -> str:
         "quality",
         "How near are synthetic images to real ones?",
         f"<p>{escape(text)} {made_by(results, 'quality.json')}</p>",
+        not_checked(report),
         table(["", *map(escape, groups)], rows),
         f"<p>Below, how alike pairs of images are; SSIM as {escape(report['ssim'])}.</p>",
         *likeness,

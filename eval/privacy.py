@@ -270,6 +270,7 @@ def html(report: dict[str, Any], train: Manifest, fake: Manifest) -> str:
         "Figures",
         page.table(["share of images", "synthetic", "held-out real"], shares),
         page.table(["", "value", "where nothing leaks"], tests),
+        page.not_checked(report),
         f"<pre>{page.escape(report['command'])}</pre>",
     )
     pairs = page.section(

@@ -1,5 +1,6 @@
 """Copies are found, honest images are not accused; the page shows the pairs."""
 
+import html
 import json
 import shutil
 from dataclasses import replace
@@ -102,6 +103,9 @@ def test_copies_are_found(real: Manifest, copied: Manifest, tmp_path: Path, monk
         assert not pair["authentic"]
         assert pair["ssim"] > 0.8
     text = (tmp_path / "privacy.html").read_text()
+    for told in report["unchecked"]:
+        assert f"<b>Not checked for leaks</b>: {html.escape(told)}." in text
+    assert report["unchecked"]
     assert text.count("data:image/png;base64,") == privacy.PAIRS
     assert "<script" not in text
     assert "http" not in text
