@@ -77,6 +77,9 @@ classify() { # classify OUTPUT FLAGS...
 }
 classify classify/report.json --fake "${sets[@]}" --extra_real "$R/extra" --seeds 0,1,2,3,4 \
     --arms none oversampling basic mixup cutmix erasing features "${sets[@]%%=*}" real_upper
+# The base has seen these images of the common classes. What does oversampling give that has them too (arm real_upper)?
+python -m data.prepare phantom --output_dir "$R/common" --preset common --count 16000 --seed 11 # as assets/build.sh
+classify classify/common.json --seeds 0,1,2,3,4 --extra_real "$R/common" --arms real_upper --no_realism
 classify classify/real_share.json --fake "tiger_f_0=$R/tiger_f0" --seeds 0,1,2 \
     --extra_real "$R/extra" --arms none oversampling tiger_f_0 real_upper --real_share 0.5,1 --no_realism
 classify amounts/report.json --fake "tiger_f=$R/many" --seeds 0,1,2 \
@@ -92,7 +95,7 @@ if [[ -f $R/classify/report.json ]]; then
             --arms "$arm" --against none oversampling sd_controlnet --margins 0.1 0.03 0.02
     done
 fi
-for report in classify/report classify/real_share amounts/report; do
+for report in classify/report classify/common classify/real_share amounts/report; do
     if [[ -f $R/$report.json ]]; then
         python -m eval.tables --classify "$R/$report.json" --output_dir "$R/tables/${report//\//_}"
     fi
