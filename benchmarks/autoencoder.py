@@ -4,6 +4,7 @@ python -m benchmarks.autoencoder --model assets/tiny-base --data_dir runs/base/j
 """
 
 import argparse
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,15 @@ BATCH = 16
 def encode(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
     """(N, S, S) uint8 -> (N, C, h, w) latents, not scaled."""
     x = torch.from_numpy(images.astype(np.float32) / 127.5 - 1)[:, None].repeat(1, 3, 1, 1)
-    return torch.cat([vae.encode(part).latent_dist.mean for part in x.split(BATCH)])
+    encoded: Any = [vae.encode(part) for part in x.split(BATCH)]
+    return torch.cat([part.latent_dist.mean for part in encoded])
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
     """(N, C, h, w) latents, not scaled -> (N, S, S) uint8."""
-    y = torch.cat([vae.decode(part).sample for part in latents.split(BATCH)])
+    decoder: Any = vae  # diffusers' types know tuples alone
+    y = torch.cat([decoder.decode(part).sample for part in latents.split(BATCH)])
     return ((y.mean(1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
 
 

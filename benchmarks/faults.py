@@ -246,6 +246,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
+    import tiger.cache
     import tiger.coarse
     import tiger.config
     import tiger.dataset
@@ -256,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     tiger.config.git_commit()  # the same in every run, whatever is checked out meanwhile
-    tiger.dataset.SHARD_ROWS = CACHE_FILE_IMAGES
+    tiger.cache.SHARD_ROWS = CACHE_FILE_IMAGES
     output_dir = args.output_dir.resolve()
     output_dir.mkdir(parents=True, exist_ok=True)
     data_dir = args.data_dir or make_data(output_dir / "data")

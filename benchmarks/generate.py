@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import numpy as np
@@ -96,14 +96,14 @@ def ours(pipeline: TigerPipeline, scheduler: str, steps: int, guidance_scale: fl
 
 def stock(kind: Any, pipeline: TigerPipeline, controlnet: Any, scheduler: str) -> Any:
     """A stock pipeline on the same networks."""
-    unet = pipeline.unet
+    unet, none = pipeline.unet, cast(Any, None)  # diffusers' types want a safety checker
     if kind is diffusers.StableDiffusionControlNetInpaintPipeline:
         # By this number alone, SD's own, it knows a U-Net for which it has to put known latents back.
         unet = copy.deepcopy(unet)
         unet.register_to_config(in_channels=4)
     made = kind(
         pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, unet, controlnet,
-        make_scheduler(scheduler, pipeline.scheduler.config), None, None, requires_safety_checker=False,
+        make_scheduler(scheduler, pipeline.scheduler.config), none, none, requires_safety_checker=False,
     )  # fmt: skip
     made.set_progress_bar_config(disable=True)
     return made.to(pipeline.device)

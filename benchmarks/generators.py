@@ -121,8 +121,8 @@ def share(arm: Arm, plain: Arm, upper: Arm) -> dict[str, float]:
         return estimate(lambda a, b, u: a - b - s * (u - b), arm, plain, upper)[end]
 
     value = estimate(lambda a, b, u: (a - b) / (u - b), arm, plain, upper)["value"]
-    low = brentq(left, -10, value, ("low",)) if left(-10, "low") > 0 else -math.inf
-    high = brentq(left, value, 10, ("high",)) if left(10, "high") < 0 else math.inf
+    low: Any = brentq(left, -10, value, ("low",)) if left(-10, "low") > 0 else -math.inf
+    high: Any = brentq(left, value, 10, ("high",)) if left(10, "high") < 0 else math.inf
     return {"value": value, "low": float(low), "high": float(high)}
 
 

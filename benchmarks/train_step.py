@@ -82,15 +82,20 @@ SIZES = {
 def random_base(size: Size) -> Components:
     """A frozen float32 base of Stable Diffusion's architecture with random weights."""
     torch.manual_seed(0)
+    unet_levels: dict[str, Any] = {  # diffusers' types know tuples of one level alone
+        "block_out_channels": size.widths,
+        "attention_head_dim": tuple(width // size.head_width for width in size.widths),
+    }
+    vae_levels: dict[str, Any] = {
+        "block_out_channels": size.vae_widths,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
     unet = UNet2DConditionModel(
-        sample_size=size.side // 8, block_out_channels=size.widths, cross_attention_dim=size.text_width,
-        attention_head_dim=tuple(width // size.head_width for width in size.widths), use_linear_projection=True,
-        norm_num_groups=size.groups,
+        sample_size=size.side // 8, cross_attention_dim=size.text_width, use_linear_projection=True,
+        norm_num_groups=size.groups, **unet_levels,
     )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=size.vae_widths, norm_num_groups=size.vae_groups, layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
+    vae = AutoencoderKL(norm_num_groups=size.vae_groups, layers_per_block=2, **vae_levels)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=49408,
@@ -138,9 +143,10 @@ class Example:
         self.schedule = copy.deepcopy(base.noise_schedule)
         self.tokenizer = base.tokenizer
         half = HALF.get(accelerator.mixed_precision, torch.float32)
-        self.vae, self.unet, self.text_encoder = (
+        networks: Any = [
             torch.nn.Module.to(copy.deepcopy(network), accelerator.device, half) for network in base.networks
-        )
+        ]
+        self.vae, self.unet, self.text_encoder = networks
         self.trained: list[torch.nn.Module] = []
 
     def prepare(self) -> None:
@@ -419,7 +425,7 @@ def write_data(folder: Path, side: int, count: int = 32) -> Manifest:
         (folder / name).mkdir(parents=True)
     found = []
     for index in range(count):
-        files = {"file_name": f"images/{index}.png", "condition_fg": f"masks/{index}.png"}
+        files: dict[str, Any] = {"file_name": f"images/{index}.png", "condition_fg": f"masks/{index}.png"}
         files |= {"condition_bg": f"maps/{index}.png"}
         for column, file in files.items():
             noise = rng.integers(0, 255, (side, side), dtype=np.uint8)
@@ -443,7 +449,7 @@ class Data:
         self.side = size.side
         rows = write_data(folder / "data", size.side)
         plain, self.cached = (TigerDataset(rows, size.side, with_conditions=True) for _ in range(2))
-        vae = copy.deepcopy(base.vae).to(device)
+        vae: Any = torch.nn.Module.to(copy.deepcopy(base.vae), device)
         self.cached.latents = cache_latents(vae, self.cached, folder / "cache", batch_size=4)
         self.raw, self.ours = endless(plain, batch_size), endless(self.cached, batch_size)
 
