@@ -4,7 +4,7 @@ r"""The study over generators: arms of which several were trained, as one figure
     python -m benchmarks.generators --scores runs/study/classify/report_scores.csv --output runs/study/aims.json \
         --arms tiger_f --against none oversampling sd_controlnet \
         --margins 0.1 0.03 0.02                                          # few differences, as a family of their own
-    python -m benchmarks.generators --scores benchmarks/scores/study.csv.xz --output R/study.json  # recorded: no training
+    python -m benchmarks.generators --scores benchmarks/scores/study.csv.xz --output R/study.json  # recorded
 
 The arms NAME_0, NAME_1, … of the tables, NAME a method of eval/arms.py, are taken together as NAME, drawn by that many
 generators. A figure is the mean over generators and classifier seeds. Its interval, and the test of a difference, are
