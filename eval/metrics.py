@@ -157,7 +157,7 @@ def nearest(x: Features, among: Features, skip_self: bool = False) -> tuple[NDAr
             rows = np.arange(len(block))
             block[rows, tile.start + rows] = np.inf
         indices.append(block.argmin(1))
-        values.append(block.min(1))
+        values.append(np.linalg.norm(x[tile] - among[indices[-1]], axis=1))  # of a copy 0, where a block has rounding
     return np.concatenate(indices), np.concatenate(values)
 
 
