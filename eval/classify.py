@@ -35,7 +35,7 @@ from typing import Any
 from eval import arms, figures, runs
 from eval.arms import AUGMENTATIONS, PLAIN, POLICIES, UPPER
 from eval.classifier import MODELS, Recipe
-from eval.leakage import unknown_weights
+from eval.leakage import said, unknown_weights
 from eval.runs import SHARES, Study
 from eval.sources import (
     Test,
@@ -292,8 +292,7 @@ def seen_by_generators(args: argparse.Namespace) -> list[str]:
         f"classifier alone: the generators of {', '.join(sets)} may have seen them, so that these arms have more than "
         "that share; for fewer there too, train both on what python -m data.prepare subsample leaves"
     )
-    print(f"warning: {text}", file=sys.stderr)
-    return [text]
+    return said([text])
 
 
 def mean_sizes(found: Sequence[dict[str, Sizes]]) -> dict[str, Sizes]:

@@ -261,7 +261,8 @@ def from_torchvision(architecture: str, weights: dict[str, Tensor], source: Path
 
     if architecture not in models.list_models(module=models):
         raise InputError(f"--extractor {TORCHVISION}{architecture}: torchvision has no such classifier")
-    classes = len(list(weights.values())[-1])  # the last tensor is the last layer's bias
+    bias = list(weights.values())[-1]  # of the last layer
+    classes = len(bias) if bias.ndim == 1 else 0  # of none, the weights do not fit
     net = models.get_model(architecture, weights=None, num_classes=classes)
     net.load_state_dict(weights)
     net = net.to(device()).to(memory_format=torch.channels_last).eval()

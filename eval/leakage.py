@@ -64,11 +64,10 @@ def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | 
     unchecked, every_seen = [text for fake in fakes for text in unknown_makers(real, fake)], set[str]()
     unchecked += [text for rows in (real, extra) if rows is not None for text in unknown_patients(rows)]
     for folder, noted in dict.fromkeys(maker for fake in fakes for maker in generators(fake)):
-        for stage in trainings(folder, noted):
-            seen = seen_rows(real, stage, hash_of)
-            every_seen |= {row.file_name for row in seen}
-            problems.append(trained_on(real, f"the generator {folder}", seen))
-            unchecked += [text for text in (stage.unknown, unmatched(real, folder, stage, seen)) if text]
+        of_one, untold, seen = check_trainings(real, f"the generator {folder}", folder, noted, hash_of)
+        problems += of_one
+        unchecked += untold
+        every_seen |= seen
     if extra is not None:
         patients = {row.patient_id for row in held_out(real)} - {None}
         problems.append(_problem(extra, "synthetic rows", (row for row in extra.rows if row.synthetic)))
@@ -77,10 +76,31 @@ def refuse_leakage(real: Manifest, fakes: Sequence[Manifest], extra: Manifest | 
     found = list(dict.fromkeys(problem for problem in problems if problem))
     if found:
         raise InputError("; ".join(found))
-    unchecked = list(dict.fromkeys(unchecked))
-    for text in unchecked:
+    return Checked(said(unchecked), every_seen)
+
+
+def said(unchecked: Iterable[str]) -> list[str]:
+    """Each once, and on stderr too."""
+    found = list(dict.fromkeys(unchecked))
+    for text in found:
         print(f"warning: {text}", file=sys.stderr)
-    return Checked(unchecked, every_seen)
+    return found
+
+
+def check_trainings(
+    real: Manifest, net: str, folder: Path, noted: str, hash_of: Callable[[str], str]
+) -> tuple[list[str], list[str], set[str]]:
+    """(problems, what could not be checked, names of the real rows seen) of the trainings behind a net's folder; net:
+    what to call it, noted: see trainings."""
+    problems: list[str] = []
+    unchecked: list[str] = []
+    names = set[str]()
+    for stage in trainings(folder, noted):
+        seen = seen_rows(real, stage, hash_of)
+        names |= {row.file_name for row in seen}
+        problems += [text for text in [trained_on(real, net, seen)] if text]
+        unchecked += [text for text in (stage.unknown, unmatched(real, folder, stage, seen)) if text]
+    return problems, unchecked, names
 
 
 def unknown_patients(real: Manifest) -> list[str]:
@@ -101,8 +121,7 @@ def unknown_weights(path: str | None) -> list[str]:
     if path is None:
         return []
     text = f"what {path} was trained on is not known: it must have seen no image and no patient of valid or test"
-    print(f"warning: {text}", file=sys.stderr)
-    return [text]
+    return said([text])
 
 
 def refuse_trained(real: Manifest, folder: Path) -> list[str]:
@@ -112,16 +131,11 @@ def refuse_trained(real: Manifest, folder: Path) -> list[str]:
     """
     if not (folder / CONFIG).is_file():
         return unknown_weights(str(folder))
-    unchecked: list[str] = []
     hash_of = functools.cache(lambda name: _hash_if_there(real.root / name))
-    for stage in trainings(folder, ""):
-        seen = seen_rows(real, stage, hash_of)
-        if problem := trained_on(real, f"the net {folder}", seen):
-            raise InputError(problem)
-        unchecked += [text for text in (stage.unknown, unmatched(real, folder, stage, seen)) if text]
-    for text in unchecked:
-        print(f"warning: {text}", file=sys.stderr)
-    return unchecked
+    problems, unchecked, _ = check_trainings(real, f"the net {folder}", folder, "", hash_of)
+    if problems:
+        raise InputError("; ".join(dict.fromkeys(problems)))
+    return said(unchecked)
 
 
 def _problem(manifest: Manifest, what: str, rows: Iterable[Row]) -> str | None:
@@ -277,10 +291,10 @@ def refuse_near_copies(training: Manifest, looks: Looks, kept_out: Manifest, kep
 
 def refuse_shown(kept_out: Manifest, others: Sequence[Manifest]) -> None:
     """Raise an InputError that names images of `others` that show the same picture as a held-out one, be it a copy or
-    a near one; reads all images."""
-    looks = [looks_of(load_images(other, LOOK_SIZE)) for other in others]
-    for split in ("valid", "test"):
-        rows = kept_out.select(split=split)
+    a near one; reads all images, where any is held out."""
+    held = [rows for split in ("valid", "test") if (rows := kept_out.select(split=split)).rows]
+    looks = [looks_of(load_images(other, LOOK_SIZE)) for other in others] if held else []
+    for rows in held:
         known = looks_of(with_mirrored(load_images(rows, LOOK_SIZE)))
         for other, of_other in zip(others, looks, strict=True):
             refuse_near_copies(other, of_other, rows, known)

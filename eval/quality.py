@@ -279,10 +279,13 @@ def add_extractor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--extractor",
         default=DEFAULT,
-        help="'%(default)s' (default), 'inception' (FID's), a timm model, or a folder: CLIP or DINOv2 in transformers' "
-        "layout, or a classifier with config.json and model.safetensors",
+        help="'%(default)s' (default), 'inception' (FID's), a timm model, 'torchvision/' and a classifier of "
+        "torchvision, or a folder: CLIP or DINOv2 in transformers' layout, or a classifier with config.json and "
+        "model.safetensors",
     )
-    parser.add_argument("--extractor_weights", help="local weights of inception or a timm model: .safetensors or .pth")
+    parser.add_argument(
+        "--extractor_weights", help="local weights of inception, a timm or a torchvision model: .safetensors or .pth"
+    )
     parser.add_argument("--cache_dir", default=default_cache(), help="cache of features (default: %(default)s)")
 
 

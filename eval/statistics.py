@@ -212,7 +212,7 @@ def share_ci(hits: ArrayLike, groups: ArrayLike, n: int = 1000, seed: int = 0) -
     """
     found = mean_ci(hits, groups, n, seed)
     if found["value"] in (0, 1):
-        trials = len(np.unique(np.asarray(groups)))
+        trials = len(group_members(groups))
         found["low"], found["high"] = wilson_ci(trials * int(found["value"]), trials)
     return found
 

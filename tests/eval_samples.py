@@ -1,13 +1,17 @@
 """For the tests of `eval/`: small manifests of simple pictures, a disc whose level tells the class; and scores."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from eval.figures import Run, Scores
 from tiger import manifest
 from tiger.conditions import sobel_map
+from tiger.errors import InputError
 from tiger.manifest import Manifest, Row
 
 LEVELS = {"benign": 60, "PTC": 120, "FTC": 180, "MTC": 240}
@@ -82,3 +86,18 @@ def make_run(
     notes = {"selected_step": 1, "images_per_second": 1.0, "settings": settings}
     parts = (scores(60, gain, 1000 * noise + 10 * (fold or 0) + part, images) for part in (1, 2))
     return Run(condition, "all", seed, fold, ["benign", "FTC"], *parts, notes)
+
+
+def assert_leaks_are_refused(
+    main: Callable[[], None], fake: Manifest, data: Path, held_out: str, tmp_path: Path
+) -> None:
+    """Images derived from a held-out one, and a generator trained on the test of `data`; `fake` is then as it was."""
+    manifest.write(fake.path, [replace(row, derived_from=(held_out,)) for row in fake.rows])
+    with pytest.raises(InputError, match="rows derived from valid or test images of .*: images/S0000.png"):
+        main()
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "config.yaml").write_text(f"data_dir: {data}\nsplit: test\n")
+    manifest.write(fake.path, [replace(row, model=f"{tmp_path / 'net'}@abc") for row in fake.rows])
+    with pytest.raises(InputError, match="the generator .*net was trained on patients of valid or test"):
+        main()
+    manifest.write(fake.path, fake.rows)

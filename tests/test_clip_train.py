@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_samples import write_dataset
+from eval_samples import assert_leaks_are_refused, write_dataset
 
 from eval import clip_train, features
 from tiger import manifest
@@ -137,16 +137,7 @@ def test_what_has_seen_the_test_is_refused(
     clip_train.main(own)
     (unknown,) = json.loads((tmp_path / "clip.json").read_text())["unchecked"]
     assert "4 rows do not say which model made them" in unknown
-    rows = [replace(row, derived_from=("images/P0080.png",)) for row in fake.rows]
-    manifest.write(fake.path, rows)
-    with pytest.raises(InputError, match="rows derived from valid or test images of .*: images/S0000.png"):
-        clip_train.main(own)
-    (tmp_path / "net").mkdir()
-    (tmp_path / "net" / "config.yaml").write_text(f"data_dir: {data}\nsplit: test\n")
-    manifest.write(fake.path, [replace(row, model=f"{tmp_path / 'net'}@abc") for row in fake.rows])
-    with pytest.raises(InputError, match="the generator .*net was trained on patients of valid or test"):
-        clip_train.main(own)
-    manifest.write(fake.path, fake.rows)
+    assert_leaks_are_refused(lambda: clip_train.main(own), fake, data, "images/P0080.png", tmp_path)
     swapped = {"train": "test", "test": "train"}  # what the CLIP was trained on is now the test
     manifest.write(data / "swapped.jsonl", [replace(r, split=swapped[str(r.split)]) for r in manifest.read(data).rows])
     with pytest.raises(InputError, match="the net .*model was trained on patients of valid or test: images/P0000.png"):

@@ -145,6 +145,9 @@ def test_any_classifier_of_torchvision(tmp_path: Path, architecture: str) -> Non
 def test_what_is_no_classifier_of_torchvision_is_refused(tmp_path: Path) -> None:
     import torchvision
 
+    torch.save({"weight": torch.zeros(2, 2), "num_batches_tracked": torch.tensor(3)}, tmp_path / "net.pth")
+    with pytest.raises(InputError, match="its weights .* do not fit"):
+        features.load_extractor("torchvision/mobilenet_v3_small", tmp_path / "net.pth")
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "net.pth")
     for name, told in (
         ("fcn_resnet50", "torchvision has no such classifier"),
