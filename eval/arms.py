@@ -46,7 +46,9 @@ NAMES = {  # as tables and pages have them; a set of synthetic images that is no
     "cutmix": "mixing images (CutMix)",
     "erasing": "random erasing",
     "features": "feature space augmentation (variant: in the net)",  # see `extrapolate`
+    "real_common": "oversampling, further images of the common classes",  # benchmarks/study.sh
     "coarse": "Stable Diffusion (coarse stage)",
+    "coarse_emphasised": "Stable Diffusion (coarse stage), emphasis",
     "sd_controlnet": "Stable Diffusion + ControlNet",
     "sd_emphasised": "Stable Diffusion + ControlNet, emphasis",
     "tiger_n": "Tiger-N",

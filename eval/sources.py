@@ -33,7 +33,7 @@ def synthetic_sets(given: Sequence[str], flag: str = "--fake") -> dict[str, str]
         name, _, path = text.partition("=")
         if not path or not re.fullmatch(r"[\w-]+", name):
             name, path = DEFAULT_SET, text
-        if name in (*PLAIN, UPPER, REAL, EXTRA) or name in found:
+        if name in (*PLAIN, REAL, EXTRA) or name.startswith("real_") or name in found:
             raise InputError(f"{flag} {text}: the name '{name}' is taken; write NAME=PATH with another")
         found[name] = path
     return found

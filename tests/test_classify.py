@@ -753,6 +753,7 @@ def test_a_synthetic_set_may_have_the_name_of_a_split(folders: dict[str, Path], 
     [
         (["--arms", "real_upper"], "arm real_upper: needs further real images"),
         (["--arms", "sd"], "--arms sd: no such arm; there are none, oversampling, basic"),
+        (["--fake", "real_a=fake"], "--fake real_a=fake: the name 'real_a' is taken; write NAME=PATH with another"),
         (["--share", "1.5"], "--share 1.5: must be"),
         (["--weights", "no.pth"], "no.pth: no such file"),
         (["--tasks", "MTC"], "--tasks MTC against --negative benign: must be two of benign, PTC, FTC"),

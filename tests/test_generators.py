@@ -125,12 +125,13 @@ def test_generators_that_disagree_weaken_a_test() -> None:
 
 def test_an_arm_of_one_generator_is_called_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [*study((0.8, 1.1)), *(make_run("coarse", 0.9, seed, noise=seed) for seed in range(3))]
+    runs += [make_run("real_common", 0.6, seed, noise=seed) for seed in range(3)]  # no generator: real images
     save(runs, tmp_path / "scores.csv")
     arguments = ["--scores", str(tmp_path / "scores.csv"), "--output", str(tmp_path / "out.json")]
     generators.main([*arguments, "--against", "oversampling", "coarse"])
     told, found = capsys.readouterr().out, read_json(tmp_path / "out.json")
     assert {arm: of["macro"]["generators"] for arm, of in found["arms"].items()} == {
-        "oversampling": 0, "real_upper": 0, "tiger_f": 2, "coarse": 1
+        "oversampling": 0, "real_upper": 0, "tiger_f": 2, "coarse": 1, "real_common": 0
     }  # fmt: skip
     pairs = {(one["arm"], one["against"]): one["generators"] for one in found["differences"]}
     assert pairs["tiger_f", "oversampling"] == 2 and pairs["real_upper", "oversampling"] == 0
