@@ -71,6 +71,8 @@ generate few_fine data/few.jsonl 400 few_images 0
 sets+=("few_shot=$R/few_images")
 
 generate fine0 data 800 many 0 # for the sweep over amounts
+generate fine0 data 1600 more_emphasised0 0 --emphasis 0.5
+sets+=("more_emphasised_0=$R/more_emphasised0")
 
 classify() { # classify OUTPUT FLAGS...
     python -m eval.classify --real "$R/data" --output "$R/$1" --share 0.9 --model resnet18 --image_size 64 \

@@ -54,6 +54,7 @@ NAMES = {  # as tables and pages have them; a set of synthetic images that is no
     "tiger_n": "Tiger-N",
     "tiger_f": "Tiger-F",
     "emphasised": "Tiger-F, emphasis",  # generation.py --emphasis
+    "more_emphasised": "Tiger-F, emphasis, four times as many images",
     "perturbed": "Tiger-F, frequencies off by up to 30 %",  # benchmarks/perturb.py
     "perturbed_emphasised": "Tiger-F, emphasis, frequencies off by up to 30 %",
     "perfect": "drawn exactly as Tiger-F was asked",  # benchmarks/ceiling.py
