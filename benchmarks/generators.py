@@ -45,6 +45,11 @@ Arm = dict[int | None, Array]  # a generator's number, None where it has none, -
 BASELINES = ("none", "oversampling")
 
 
+def by_number(number: int | None) -> int:
+    """The order of generators; None, which arms without generators have, is alone."""
+    return -1 if number is None else number
+
+
 def draw(runs: Sequence[Run], negative: str, resamples: int) -> dict[str, dict[str, Arm]]:
     """figure -> arm -> its generators' (seeds, 1 + resamples): on the sample, then on each resample of its patients.
 
@@ -64,7 +69,7 @@ def draw(runs: Sequence[Run], negative: str, resamples: int) -> dict[str, dict[s
         numbers = list(dict.fromkeys(number for number, _ in of_arm))
         if len(numbers) > 1 and None in numbers:
             raise InputError(f"arm {arm}: some of its trainings name a generator and some do not; leave one kind out")
-        numbers.sort()
+        numbers.sort(key=by_number)
         if any(one.test.patients != patients for one in of_arm.values()):
             raise InputError(f"arm {arm}: its test images are others than those of arm {runs[0].condition}")
         if any(one.fold is not None or one.task != ALL for one in of_arm.values()):
@@ -133,9 +138,9 @@ def paired(*arms: Arm) -> list[list[int | None]]:
     Raises InputError where there is none.
     """
     numbered = [set(arm) for arm in arms if None not in arm]
-    shared = sorted(set.intersection(*numbered)) if numbered else []
+    shared = sorted(set.intersection(*numbered), key=by_number) if numbered else []
     if numbered and not shared:
-        numbers = " and ".join(str(sorted(of)) for of in numbered)
+        numbers = " and ".join(str(sorted(of, key=by_number)) for of in numbered)
         raise InputError(f"generators {numbers} are of arms to compare, and have no number in common; leave one out")
     return [[None] if None in arm else shared for arm in arms]
 
