@@ -31,10 +31,10 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from eval import charts, figures, scoring, statistics
-from eval.arms import UPPER, generator_of, title
+from eval.arms import UPPER, generator_of, is_synthetic, title
 from eval.figures import Run
 from eval.html import bounds
-from eval.runs import is_synthetic, read_table
+from eval.runs import read_table
 from eval.study import ALL, NEGATIVE
 from eval.tables import write_png
 from tiger.errors import InputError, run

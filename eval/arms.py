@@ -68,10 +68,15 @@ EXTRAPOLATION = 0.5  # λ of DeVries & Taylor 2017, section 3.2
 Group = tuple[float, np.ndarray]  # share of a batch, the rows that it is drawn from
 
 
+def is_synthetic(arm: str) -> bool:
+    """Whether the arm is a set of synthetic images; arms of real ones alone are PLAIN, or begin with "real_"."""
+    return arm not in PLAIN and not arm.startswith("real_")
+
+
 def generator_of(arm: str) -> tuple[str, str]:
     """ "tiger_f_0" -> ("tiger_f", "0"), a method and which of its generators; "" for any other arm."""
     method, _, number = arm.rpartition("_")
-    known = method in NAMES and method not in (*PLAIN, UPPER)
+    known = method in NAMES and is_synthetic(method)
     return (method, number) if known and number.isdecimal() else (arm, "")
 
 

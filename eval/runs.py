@@ -19,7 +19,7 @@ import pandas as pd
 from torch import nn
 
 from eval import classifier
-from eval.arms import PLAIN, Mixing, augmentation_of, draw_batch
+from eval.arms import Mixing, augmentation_of, draw_batch, is_synthetic
 from eval.classifier import Recipe
 from eval.study import Data, Held, Plan, Trial, digest, plan, read_condition
 from tiger.errors import InputError
@@ -78,11 +78,6 @@ class Study:
         """Whether the trial's scores are there, and its classifier where that is wanted."""
         saved = not self.save_models or (self.model(trial) / "config.json").is_file()
         return self.path(trial).is_file() and saved
-
-
-def is_synthetic(arm: str) -> bool:
-    """Whether the arm is a set of synthetic images; arms of real ones alone are PLAIN, or begin with "real_"."""
-    return arm not in PLAIN and not arm.startswith("real_")
 
 
 def refuse_changes(study: Study, trials: Iterable[Trial], data: Data) -> dict[Trial, dict[str, Any]]:

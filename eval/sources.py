@@ -11,7 +11,7 @@ from typing import Any
 
 from data.split import assign_folds
 from eval import leakage, realism
-from eval.arms import EXTRA, PLAIN, REAL, UPPER, synthetic_shares
+from eval.arms import EXTRA, REAL, UPPER, is_synthetic, synthetic_shares
 from eval.classifier import Recipe
 from eval.runs import Study
 from eval.study import Data, Sources, Trial, refuse_unlabelled
@@ -33,7 +33,7 @@ def synthetic_sets(given: Sequence[str], flag: str = "--fake") -> dict[str, str]
         name, _, path = text.partition("=")
         if not path or not re.fullmatch(r"[\w-]+", name):
             name, path = DEFAULT_SET, text
-        if name in (*PLAIN, REAL, EXTRA) or name.startswith("real_") or name in found:
+        if not is_synthetic(name) or name in (REAL, EXTRA, *found):
             raise InputError(f"{flag} {text}: the name '{name}' is taken; write NAME=PATH with another")
         found[name] = path
     return found
