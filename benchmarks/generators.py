@@ -34,6 +34,7 @@ from eval import charts, figures, scoring, statistics
 from eval.arms import UPPER, generator_of, is_synthetic, title
 from eval.figures import Run
 from eval.html import bounds
+from eval.images import refuse_below
 from eval.runs import read_table
 from eval.study import ALL, NEGATIVE
 from eval.tables import write_png
@@ -268,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resamples", type=int, default=2000, help="(default: 2000)")
     parser.add_argument("--chart", help="PNG file of the figures with their intervals")
     args = parser.parse_args(argv)
+    refuse_below(args, resamples=2)
     runs = [figures.read_run(one) for path in args.scores for one in read_table(path)]
     if args.negative not in runs[0].classes:
         raise InputError(f"--negative {args.negative}: {args.scores[0]} has {', '.join(runs[0].classes)}")

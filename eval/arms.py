@@ -68,22 +68,25 @@ EXTRAPOLATION = 0.5  # λ of DeVries & Taylor 2017, section 3.2
 Group = tuple[float, np.ndarray]  # share of a batch, the rows that it is drawn from
 
 
-def is_synthetic(arm: str) -> bool:
+def is_synthetic(condition: str) -> bool:
     """Whether the arm is a set of synthetic images; arms of real ones alone are PLAIN, or begin with "real_"."""
+    arm = condition.partition(",")[0]
     return arm not in PLAIN and not arm.startswith("real_")
 
 
-def generator_of(arm: str) -> tuple[str, str]:
-    """ "tiger_f_0" -> ("tiger_f", "0"), a method and which of its generators; "" for any other arm."""
+def generator_of(condition: str) -> tuple[str, str]:
+    """ "tiger_f_0, 100 a class" -> ("tiger_f, 100 a class", "0"), without its generator, and which that is; "" where it
+    has none."""
+    arm, comma, rest = condition.partition(",")
     method, _, number = arm.rpartition("_")
     known = method in NAMES and is_synthetic(method)
-    return (method, number) if known and number.isdecimal() else (arm, "")
+    return (f"{method}{comma}{rest}", number) if known and number.isdecimal() else (condition, "")
 
 
 def title(condition: str) -> str:
     """ "tiger_f_0, 100 a class" -> "Tiger-F, generator 0, 100 a class" """
-    arm, comma, rest = condition.partition(",")
-    method, number = generator_of(arm)
+    whole, number = generator_of(condition)
+    method, comma, rest = whole.partition(",")
     return f"{NAMES.get(method, method)}{number and f', generator {number}'}{comma}{rest}"
 
 

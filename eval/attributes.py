@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from eval.images import HelpFormatter, add_knowledge, load_images, load_masks, name_rows, read_split
 from eval.judges import AttributeNet, load_attribute_net, normalise, predict_attributes, save_judge
-from eval.training import device, fit, shift
+from eval.training import begin, device, finish, fit, shift
 from tiger.errors import InputError, run
 from tiger.files import write_json
 from tiger.knowledge import Knowledge
@@ -79,6 +79,8 @@ def train(args: argparse.Namespace, command: str) -> None:
     images, masks = load_images(train_rows, args.resolution), load_masks(train_rows, args.resolution)
     test_images = load_images(held_out, args.resolution)
     test_stated = [dict(row.attributes) for row in held_out.rows]
+    if begin(args, train_rows):
+        return
     if args.dry_run:
         print(
             f"{len(images)} training and {len(test_images)} test images, {len(categories)} categories: nothing trained"
@@ -111,21 +113,20 @@ def train(args: argparse.Namespace, command: str) -> None:
         steps=args.max_train_steps,
         learning_rate=args.learning_rate,
         seed=args.seed,
+        folder=Path(args.output_dir),
         description="attributes",
         validate=lambda step: {"accuracy": measure(net, test_images[:256], test_stated[:256])["accuracy"]},
     )
     metrics = measure(net, test_images, test_stated)
     save_judge(net, args.output_dir)
-    write_json(
-        Path(args.output_dir) / "metrics.json",
-        {"command": command, "split": "test", "train_n": len(images), "steps_per_second": speed, **metrics},
-    )
+    notes = {"command": command, "split": "test", "train_n": len(images), "steps_per_second": speed}
+    finish(Path(args.output_dir), notes | metrics)
     print(json.dumps(metrics, indent=2))
 
 
 def evaluate(args: argparse.Namespace, command: str) -> None:
     """Measure a trained attribute net on a split."""
-    net = load_attribute_net(args.model).to(device())
+    net = load_attribute_net(args.model)
     rows = read_split(args.data_dir, args.split, knowledge=args.knowledge)
     encode(rows, net.categories)  # values it cannot know are named
     metrics = measure(net, load_images(rows, net.resolution), [dict(row.attributes) for row in rows.rows])

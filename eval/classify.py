@@ -35,6 +35,7 @@ from typing import Any
 from eval import arms, figures, runs
 from eval.arms import AUGMENTATIONS, PLAIN, POLICIES, UPPER
 from eval.classifier import MODELS, Recipe
+from eval.images import name_rows, patients_of, refuse_below
 from eval.leakage import said, unknown_weights
 from eval.runs import SHARES, Study
 from eval.sources import (
@@ -167,10 +168,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise InputError(f"--amounts {args.amounts}: must be 1 or more images a class; the arm oversampling has none")
     if args.folds is not None and args.folds < 1:
         raise InputError(f"--folds {args.folds}: must be 1 or more; leave it out to use the splits")
-    least = {"image_size": 8, "max_train_steps": 1, "train_batch_size": 1, "realism_steps": 1, "resamples": 2}
-    for name, fewest in least.items():
-        if (value := getattr(args, name)) is not None and value < fewest:
-            raise InputError(f"--{name} {value}: must be {fewest} or more")
+    refuse_below(args, image_size=8, max_train_steps=1, train_batch_size=1, realism_steps=1, resamples=2)
     if not 0 < args.learning_rate < math.inf:
         raise InputError(f"--learning_rate {args.learning_rate}: must be a number above 0")
     if min(args.seeds, default=0) < 0:
@@ -190,6 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     folds: list[int | None] = [None] if args.folds is None else list(range(args.folds))
     sources = {fold: read_sources(args, fold) for fold in folds}  # every fold is checked before the first training
     classes = check_classes(args, sources)
+    refuse_tested_twice(sources)
 
     @functools.lru_cache(maxsize=1)  # the images of one fold at a time
     def data_of(fold: int | None) -> Data:
@@ -265,7 +264,7 @@ def check(
             if name in args.arms and not args.no_realism:
                 tests[name, fold] = c2st_settings(args, study, of_fold, data, name)
         sizes.append(counts(data))
-        kept |= {trial: images_kept(trial, data) for trial in mine}
+        kept |= {trial: images_kept(trial, data, args.negative) for trial in mine}
     tested = {label: sum(fold["test"][label] for fold in sizes) for label in sizes[0]["test"]}
     warn_of_unequal(work, {condition: of["added"] for condition, of in kept_by_condition(kept).items()})
     unchecked = dict.fromkeys(text for of_fold in sources.values() for text in of_fold.unchecked)
@@ -325,6 +324,20 @@ def check_classes(args: argparse.Namespace, sources: dict[int | None, Sources]) 
     return found[0]
 
 
+def refuse_tested_twice(sources: dict[int | None, Sources]) -> None:
+    """Raise InputError where folds have a test patient in common: intervals take their tests to be independent."""
+    tested: dict[str, int | None] = {}
+    for fold, of_fold in sources.items():
+        patients = set(patients_of(of_fold.real.select(split="test").rows).values())
+        if twice := sorted(patient for patient in patients if patient in tested):
+            path = of_fold.real.path
+            raise InputError(
+                f"{path}: patients in the test of fold {fold} and of fold {tested[twice[0]]} too: {name_rows(twice)}; "
+                "test each in one fold"
+            )
+        tested |= dict.fromkeys(patients, fold)
+
+
 def report_of(
     args: argparse.Namespace,
     study: Study,
@@ -355,8 +368,8 @@ def report_of(
         "threshold": youden if data.valid is not None else "0.5: there is no split 'valid'",
         "hosmer_lemeshow": f"one image of each patient, {figures.GROUPS} groups by rank of the risk; cases of equal "
         f"risk share their outcomes; {figures.GROUPS} degrees of freedom, as many as groups, as the net was fitted on "
-        f"other cases; chi2 and p are medians over {figures.CHOICES} choices of the image and over trainings (seeds "
-        "and folds)",
+        f"other cases; chi2 is the median over {figures.CHOICES} choices of the image and over trainings (seeds and "
+        "folds), p twice the median, which is valid however these depend on each other",
         "unchecked": checked.unchecked,
         "n": checked.n,
         "patients_test": len(patients),

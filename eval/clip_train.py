@@ -25,21 +25,28 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval import statistics
 from eval.features import RESIZE, load_whole, preparation
-from eval.images import HelpFormatter, add_knowledge, group_of, load_images, patients_of, read_split, select_split
-from eval.leakage import CONFIG, refuse_leakage, refuse_trained
-from eval.privacy import balanced
-from eval.training import device, fit, shift
+from eval.images import (
+    HelpFormatter,
+    add_knowledge,
+    group_of,
+    load_images,
+    matched,
+    patients_of,
+    read_split,
+    select_split,
+    shuffled,
+)
+from eval.leakage import refuse_leakage, refuse_trained
+from eval.training import METRICS, begin, device, finish, fit, shift
 from tiger.errors import InputError, run
-from tiger.files import atomic_path, read_json, write_json
+from tiger.files import read_json, write_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest
-from tiger.shards import content_hash
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "assets" / "tiny-base" / "tokenizer"
 MAX_LENGTH = 77  # tokens
@@ -181,16 +188,19 @@ def train(args: argparse.Namespace, command: str) -> None:
         clip = new_clip(args.resolution, args.width, args.seed)
     else:
         clip = load_clip(args.pretrained_model)
+    if begin(args, rows):
+        return
     if args.dry_run:
         print(f"{len(rows.rows)} training and {len(held_out.rows)} test images: nothing trained")
         return
     images, every = load_images(rows, clip.size), [set(phrases) for phrases in said]
-    rng = np.random.default_rng(args.seed)
     if args.pretrained_model is None:
+        rng = np.random.default_rng(args.seed)
         sample = rng.choice(len(images), min(BATCH, len(images)), replace=False)
         spread(clip, images[sample], [", ".join(some(said[i], rng)) for i in sample])
 
     def loss(batch: np.ndarray, generator: torch.Generator) -> Tensor:
+        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         texts = [some(said[i], rng) for i in batch]
         fits = torch.tensor([[every[i].issuperset(text) for text in texts] for i in batch])
         moved = shift(torch.from_numpy(images[batch]), clip.size // 32, generator)
@@ -205,25 +215,15 @@ def train(args: argparse.Namespace, command: str) -> None:
         steps=args.max_train_steps,
         learning_rate=args.learning_rate or (3e-4 if args.pretrained_model is None else 1e-5),
         seed=args.seed,
+        folder=Path(args.output_dir),
         description="CLIP",
         weight_decay=0.05,
     )
     metrics = measure(clip, held_out, knowledge, patients_of(held_out.rows))
     clip.save(Path(args.output_dir))
     notes = {"command": command, "split": "test", "resize": RESIZE, "train_n": len(images), "steps_per_second": speed}
-    write_json(Path(args.output_dir) / "metrics.json", notes | metrics)
-    note_inputs(args, rows)
+    finish(Path(args.output_dir), notes | metrics)
     print(json.dumps(metrics, indent=2))
-
-
-def note_inputs(args: argparse.Namespace, rows: Manifest) -> None:
-    """Write what the model was trained on beside it, as other trainings do, for `eval.leakage` to find."""
-    files = {row.file_name: content_hash(rows.file(row, "file_name")) for row in rows.rows}
-    write_json(Path(args.output_dir) / "inputs.json", {"files": files})
-    config = {"data_dir": args.data_dir, "split": "train", "knowledge": args.knowledge}
-    with atomic_path(Path(args.output_dir) / CONFIG) as temporary:
-        text = yaml.safe_dump(config | {"pretrained_model": args.pretrained_model})
-        temporary.write_text(text, encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -244,9 +244,7 @@ def measure(clip: Clip, manifest: Manifest, knowledge: Knowledge, patient_of: di
     texts = [row.text for row in manifest.rows]
     spoken = torch.cat([clip.embed_texts(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)])  # (N, D)
     groups = [group_of(row, patient_of) for row in manifest.rows]
-    order = np.random.default_rng(0).permutation(len(texts))
-    other = np.empty_like(order)
-    other[order] = np.roll(order, 1)  # each row has the text of the next in a random order, never its own
+    other = shuffled(len(texts))  # the row whose text each has instead of its own
 
     def scores(texts: Tensor) -> np.ndarray:
         return 100 * (pictures * texts).sum(1).clamp(min=0).cpu().numpy()
@@ -299,7 +297,7 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
     test = select_split(real, args.split)
     compared = Manifest(real.path, (*real.select(split="train").rows, *test.rows))
     unchecked = refuse_leakage(compared, [fake]).unchecked + refuse_trained(compared, Path(args.model))
-    chosen = balanced(fake.rows, test.rows, np.random.default_rng(0))
+    chosen = matched(fake.rows, test.rows, np.random.default_rng(0))
     fake, test = (replace(m, rows=tuple(m.rows[i] for i in of)) for m, of in zip((fake, test), chosen, strict=True))
     if not test.rows:
         raise InputError(f"{fake.path}: no class in common with split '{args.split}' of {test.path}")
@@ -310,7 +308,7 @@ def evaluate(args: argparse.Namespace, command: str) -> None:
         return
     patient_of = patients_of(real.rows)
     sides = {name: measure(clip, rows, knowledge, patient_of) for name, rows in (("synthetic", fake), ("real", test))}
-    metrics_path = Path(args.model) / "metrics.json"
+    metrics_path = Path(args.model) / METRICS
     made_by = read_json(metrics_path)["command"] if metrics_path.is_file() else ""
     interval = "95 %, bootstrap over patients; a synthetic image belongs to that of its map; of a category's share of "
     interval += "0 or 1, which every resample has too, Wilson's with as many trials as patients"

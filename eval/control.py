@@ -33,6 +33,7 @@ from eval.images import (
     read_split,
     require_column,
     select_split,
+    shuffled,
 )
 from eval.judges import (
     AttributeNet,
@@ -42,10 +43,11 @@ from eval.judges import (
     mask_iou,
     predict_attributes,
     refuse_strangers,
+    refuse_taught,
     segment,
     trained_by,
 )
-from eval.leakage import refuse_leakage, unknown_weights
+from eval.leakage import refuse_leakage
 from tiger.conditions import nodule_region, read_gray, read_mask, sobel_map
 from tiger.errors import InputError, run
 from tiger.files import write_json
@@ -53,7 +55,6 @@ from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest
 
 RESAMPLES = 1000
-JUDGES = Path(__file__).resolve().parents[1] / "assets" / "judges"  # what these were trained on is in assets/README.md
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,6 @@ def mean(these: Judged, weights: dict[str, float] | None = None) -> dict[str, fl
 
     value, low, high = statistics.cluster_bootstrap_ci(metric, kept.labels, kept.values, kept.groups, RESAMPLES, 0)
     return {"n": len(kept.values), "value": value, "low": low, "high": high}
-
-
-def shuffled(count: int) -> np.ndarray:
-    """(count,) a fixed random order in which nothing keeps its place."""
-    order = np.random.default_rng(0).permutation(count)
-    moved = np.empty(count, np.int64)
-    moved[order] = np.roll(order, 1)
-    return moved
 
 
 def compare(generated: Judged, floor: Judged, real: Judged) -> dict[str, Any]:
@@ -245,8 +238,9 @@ def main(argv: list[str] | None = None) -> None:
     knowledge = Knowledge.load(args.knowledge)
     refuse_strangers(Path(args.judges), attribute_net, (fake, real), knowledge)
     train = every.select(split="train")
-    unchecked = refuse_leakage(Manifest(every.path, (*train.rows, *real.rows)), [fake]).unchecked
-    unchecked += unknown_weights(None if Path(args.judges).resolve() == JUDGES else args.judges)
+    compared = Manifest(every.path, (*train.rows, *real.rows))
+    unchecked = refuse_leakage(compared, [fake]).unchecked
+    unchecked += refuse_taught(compared, Path(args.judges), ("segmenter", "attributes"))
     if args.dry_run:
         print(f"{len(fake.rows)} generated and {len(real.rows)} real images: fine; nothing judged")
         return

@@ -192,11 +192,8 @@ def of_condition(drawn: Drawn, negative: str) -> dict[str, Any]:
         value, variance = mean_auc(runs, negative, task)
         low, high, _ = statistics.t_interval(value, [(variance, math.inf), over_seeds(drawn.per_seed[f"auc {task}"])])
         entry[f"auc {task}"] |= {"delong": np.clip([low, high], 0, 1).tolist()}
-        found = [hosmer_lemeshow(run, negative, task) for run in runs if task in pairs(run, negative)]
-        entry[f"hosmer_lemeshow {task}"] = {  # medians over trainings: of seeds and folds
-            "chi2": float(np.median([chi2 for chi2, _ in found])),
-            "p": float(np.median([p for _, p in found])),
-        }
+        chi2, p = hosmer_lemeshow(runs, negative, task)
+        entry[f"hosmer_lemeshow {task}"] = {"chi2": chi2, "p": p}
     return entry
 
 
@@ -205,23 +202,28 @@ def tasks_of(runs: Iterable[Run], negative: str) -> list[str]:
     return list(dict.fromkeys(task for run in runs for task in pairs(run, negative)))
 
 
-def hosmer_lemeshow(run: Run, negative: str, task: str) -> tuple[float, float]:
-    """(chi2, p) on the test split of one image of each patient, as the test takes cases to be independent: medians over
-    CHOICES random choices of the image. nan of fewer patients than groups.
+def hosmer_lemeshow(runs: Iterable[Run], negative: str, task: str) -> tuple[float, float]:
+    """(chi2, p) on the test split, over trainings: of seeds and folds. nan of fewer patients than groups.
 
-    p are kept off 0 and 1, where chi2 is infinite.
+    The test takes cases to be independent, so it is of one image of each patient, and is made CHOICES times where
+    patients have several. chi2 is the median of all these tests, p twice the median, which is a valid p however they
+    depend on each other (Rüger 1978; Vovk & Wang 2020, section 1). Probabilities are kept off 0 and 1, where chi2 is
+    infinite.
     """
-    y, p, rows = pair_scores(run.test, *pairs(run, negative)[task])
-    images = statistics.group_members([run.test.patients[i] for i in rows])
-    if len(images) < GROUPS:
-        return math.nan, math.nan
-    p = np.clip(p, 1e-6, 1 - 1e-6)
     rng, found = np.random.default_rng(0), []
-    for _ in range(CHOICES if len(images) < len(y) else 1):
-        chosen = [of_patient[rng.integers(len(of_patient))] for of_patient in images]
-        found.append(statistics.hosmer_lemeshow(y[chosen], p[chosen], GROUPS, fitted=False))
+    for run in runs:
+        if task not in pairs(run, negative):
+            continue
+        y, p, rows = pair_scores(run.test, *pairs(run, negative)[task])
+        images = statistics.group_members([run.test.patients[i] for i in rows])
+        if len(images) < GROUPS:
+            return math.nan, math.nan
+        p = np.clip(p, 1e-6, 1 - 1e-6)
+        for _ in range(CHOICES if len(images) < len(y) else 1):
+            chosen = [of_patient[rng.integers(len(of_patient))] for of_patient in images]
+            found.append(statistics.hosmer_lemeshow(y[chosen], p[chosen], GROUPS, fitted=False))
     chi2, value = np.median(found, axis=0)
-    return float(chi2), float(value)
+    return float(chi2), float(value if len(found) == 1 else min(1, 2 * value))
 
 
 # -------------------------------------------------------------------------------------------------------------- tests
@@ -305,7 +307,8 @@ def comparisons(conditions: Mapping[str, Drawn], negative: str) -> list[dict[str
 
 
 def are_equal(first: Drawn, second: Drawn) -> bool:
-    """Whether two conditions have the same real images and, where both add any, add equally many."""
+    """Whether two conditions have the same share of the real images and, where both add any, the same --amounts; where
+    none is given they add all that they have, which may be more in one: the report has the numbers (`added`)."""
     a, b = (drawn.runs[0].notes["settings"] for drawn in (first, second))
     amounts = {a["amount"], b["amount"]} - ({None} if a["arm"] in PLAIN or b["arm"] in PLAIN else set())
     return a["real_share"] == b["real_share"] and len(amounts) <= 1

@@ -39,6 +39,7 @@ from eval.judges import (
     mask_iou,
     predict_attributes,
     refuse_strangers,
+    refuse_taught,
     segment,
     trained_by,
 )
@@ -51,6 +52,7 @@ from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row, manifest_path, to_record
 
 SCORES = ("attributes", "mask", "realism", "novelty", "usefulness")
+NETS = {"attributes": "attributes", "mask": "segmenter"}  # score -> its net's folder in --judges
 STEPS, RATE = 50, 0.5  # of the classifier whose course `usefulness` follows
 TINY = 1e-12  # in place of a distance of 0
 
@@ -241,13 +243,19 @@ def check_arguments(args: argparse.Namespace) -> Path:
         )
     if not 0 <= args.quantile < 1:
         raise InputError(f"--quantile {args.quantile}: must lie in 0..1, below 1")
+    if unused := [name for name in SCORES if name not in args.scores and getattr(args, f"min_{name}") is not None]:
+        raise InputError(f"--min_{unused[0]}: {unused[0]} is not among --scores {' '.join(args.scores)}")
     if args.most is not None and args.most < 1:
         raise InputError(f"--most {args.most}: must be at least 1")
     return output
 
 
-def check_judges(args: argparse.Namespace, fake: Manifest, real: Manifest) -> None:
-    """Raise InputError where the rows lack what the nets' scores need, or the nets were trained on other images."""
+def check_judges(args: argparse.Namespace, fake: Manifest, train: Manifest, real: Manifest) -> list[str]:
+    """What the nets leave unsaid of their training.
+
+    Raises InputError where the rows lack what their scores need, and where they were trained on other images, or on the
+    real ones that bounds are taken from.
+    """
     judges = Path(args.judges)
     # The segmenter knows no words: whether it was taught on such images, the attribute net beside it tells.
     if "attributes" in args.scores or ("mask" in args.scores and (judges / "attributes").is_dir()):
@@ -256,6 +264,8 @@ def check_judges(args: argparse.Namespace, fake: Manifest, real: Manifest) -> No
     if "mask" in args.scores:
         for rows in (fake, real):
             require_column(rows, "condition_fg")
+    compared = Manifest(real.path, (*train.rows, *real.rows))
+    return refuse_taught(compared, judges, [folder for name, folder in NETS.items() if name in args.scores])
 
 
 def score(
@@ -311,9 +321,9 @@ def main(argv: list[str] | None = None) -> None:
     output = check_arguments(args)
     every = read_split(args.real, None, synthetic=False, knowledge=args.knowledge)
     fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
-    refuse_leakage(every, [fake])
+    unchecked = refuse_leakage(every, [fake]).unchecked
     train, real = select_split(every, "train"), select_split(every, "valid")
-    check_judges(args, fake, real)
+    unchecked += check_judges(args, fake, train, real)
     if args.dry_run:
         print(f"{len(fake.rows)} generated images, bounds from {len(real.rows)} real ones: fine; nothing scored")
         return
@@ -342,7 +352,8 @@ def main(argv: list[str] | None = None) -> None:
     report = {
         "command": f"python -m eval.gate {shlex.join(sys.argv[1:] if argv is None else argv)}",
         "bounds": f"given, or what {args.quantile:.0%} of {len(real.rows)} real validation images miss",
-        "judges": {name: trained_by(Path(args.judges) / name) for name in ("segmenter", "attributes")},
+        "unchecked": unchecked,
+        "judges": {name: trained_by(Path(args.judges) / name) for name in NETS.values()},
         "scores": {
             name: {
                 "median": float(np.nanmedian(ours)),

@@ -24,6 +24,13 @@ def add_knowledge(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_below(args: argparse.Namespace, **least: int) -> None:
+    """Raise InputError where a number of the command line is less than it may be; None is none."""
+    for name, fewest in least.items():
+        if (value := getattr(args, name)) is not None and value < fewest:
+            raise InputError(f"--{name} {value}: must be {fewest} or more")
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Names every default in --help, but for flags that have none, where argparse writes "None"."""
 
@@ -136,3 +143,22 @@ def source_patients(row: Row, patient_of: Mapping[str, str]) -> list[str]:
 def group_of(row: Row, patient_of: Mapping[str, str]) -> str:
     """Images of one group are not independent: those of a patient, and synthetic ones drawn after a patient's map."""
     return source_patients(row, patient_of)[0]
+
+
+def matched(a: Sequence[Row], b: Sequence[Row], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Places of rows of `a` and of `b`, drawn at random: equally many of each class on both sides."""
+    chosen: tuple[list[int], list[int]] = ([], [])
+    for label in sorted({str(row.label) for row in a} & {str(row.label) for row in b}):
+        places = [rng.permutation([i for i, row in enumerate(rows) if str(row.label) == label]) for rows in (a, b)]
+        count = min(len(some) for some in places)
+        for into, some in zip(chosen, places, strict=True):
+            into.extend(some[:count].tolist())
+    return np.array(chosen[0], int), np.array(chosen[1], int)
+
+
+def shuffled(count: int) -> np.ndarray:
+    """(count,) a fixed random order in which nothing keeps its place."""
+    order = np.random.default_rng(0).permutation(count)
+    moved = np.empty(count, np.int64)
+    moved[order] = np.roll(order, 1)
+    return moved

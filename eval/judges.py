@@ -19,10 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eval.leakage import refuse_trained
+from eval.training import METRICS, device
 from tiger.errors import InputError
 from tiger.files import atomic_path, read_json, write_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest
+
+SHIPPED = Path(__file__).resolve().parents[1] / "assets" / "judges"  # assets/README.md says what they were trained on
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -125,7 +129,7 @@ class AttributeNet(nn.Module):
 
 
 def save_judge(net: Segmenter | AttributeNet, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` (floats as fp16) into `folder`."""
+    """Write `config.json`, last, and `model.safetensors` (floats as fp16) into `folder`."""
     config: dict[str, Any] = {"architecture": type(net).__name__, **net.config}
     tensors = {
         name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
@@ -152,24 +156,34 @@ def _read_judge(folder: str | Path, architecture: str) -> tuple[dict[str, Any], 
 
 def trained_by(folder: str | Path) -> dict[str, str]:
     """{folder, command} of a judge; the command is empty where no metrics.json holds it."""
-    path = Path(folder) / "metrics.json"
+    path = Path(folder) / METRICS
     return {"folder": str(folder), "command": read_json(path)["command"] if path.is_file() else ""}
 
 
 def load_segmenter(folder: str | Path) -> Segmenter:
-    """Load the nodule segmenter in evaluation mode."""
+    """Load the nodule segmenter in evaluation mode, on the GPU when there is one."""
     config, tensors = _read_judge(folder, "Segmenter")
     net = Segmenter(**config)
     net.load_state_dict(tensors)
-    return net.eval()
+    return net.to(device()).eval()
 
 
 def load_attribute_net(folder: str | Path) -> AttributeNet:
-    """Load the attribute net in evaluation mode."""
+    """Load the attribute net in evaluation mode, on the GPU when there is one."""
     config, tensors = _read_judge(folder, "AttributeNet")
     net = AttributeNet(**config)
     net.load_state_dict(tensors)
-    return net.eval()
+    return net.to(device()).eval()
+
+
+def refuse_taught(real: Manifest, judges: Path, names: Iterable[str]) -> list[str]:
+    """What these nets of the folder `judges` leave unsaid of their training; of those that are shipped nothing.
+
+    Raises InputError where one says that it was trained on images or patients of the valid or test rows of `real`.
+    """
+    if judges.resolve() == SHIPPED:
+        return []
+    return [text for name in names for text in refuse_trained(real, judges / name)]
 
 
 def refuse_strangers(

@@ -26,7 +26,7 @@ from tiger.manifest import Manifest, Row, straddling_patients
 from tiger.output import model_fingerprint
 from tiger.shards import content_hash, exists
 
-CONFIG = "config.yaml"  # which every training of ours leaves in its output folder
+CONFIG, INPUTS = "config.yaml", "inputs.json"  # which every training of ours leaves in its output folder
 LOOK_SIZE = 64  # px at which images are compared that a command does not load in one size itself
 Looks = tuple[NDArray[np.uint64], NDArray[np.uint8]]  # perceptual hashes (N,), thumbnails (N, 32, 32)
 
@@ -99,7 +99,8 @@ def check_trainings(
         seen = seen_rows(real, stage, hash_of)
         names |= {row.file_name for row in seen}
         problems += [text for text in [trained_on(real, net, seen)] if text]
-        unchecked += [text for text in (stage.unknown, unmatched(real, folder, stage, seen)) if text]
+        told = (stage.unknown, unfound(real, folder, stage, hash_of), same_names(real, folder, stage))
+        unchecked += [text for text in told if text]
     return problems, unchecked, names
 
 
@@ -201,7 +202,7 @@ def trainings(folder: Path, noted: str) -> Iterator[Training]:
             what = f"{folder} holds another model by now than {noted}, which was used and is not checked"
             yield Training({}, None, what)
         config: dict[str, Any] = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        inputs = folder / "inputs.json"
+        inputs = folder / INPUTS
         known: dict[str, Any] = read_json(inputs) if inputs.is_file() else {}
         files, noted = known.get("files", {}), known.get("base", "")
         data, rows = located(str(config.get("data_dir")), folder), None
@@ -238,15 +239,27 @@ def trained_on(real: Manifest, net: str, seen: Iterable[Row]) -> str | None:
     return _problem(real, f"{net} was trained on patients of valid or test", found)
 
 
-def unmatched(real: Manifest, generator: Path, training: Training, seen: Sequence[Row]) -> str | None:
-    """What files and pixels cannot tell: other pictures of the same patients, or a data set that is gone."""
+def unfound(real: Manifest, generator: Path, training: Training, hash_of: Callable[[str], str]) -> str | None:
+    """What files cannot tell: images that a generator has seen and that nobody has any more as they were then."""
+    here = {hash_of(row.file_name) for row in real.rows}
+    if (rows := training.rows) is not None:
+        one_folder = rows.root.resolve() == real.root.resolve()
+        of_rows = hash_of if one_folder else lambda name: _hash_if_there(rows.root / name)
+        here |= {of_rows(row.file_name) for row in rows.rows}
+    gone = [name for name, noted in training.files.items() if noted not in here]
+    if not gone:
+        return None
+    what = f"{generator} was trained on {len(training.files)} images, of which {len(gone)} are not among {real.path}"
+    return f"{what} and not in its data set any more as they were: not checked: {name_rows(gone)}"
+
+
+def same_names(real: Manifest, generator: Path, training: Training) -> str | None:
+    """What pixels cannot tell: other pictures of the same patients, where a generator's data set is another one."""
     rows = training.rows
-    if rows is None:
-        text = f"{len(training.files)} images, none of which is among {real.path}, and its data set is not here"
-        return f"{generator} was trained on {text}: not checked" if training.files and not seen else None
+    if rows is None or rows.root.resolve() == real.root.resolve():
+        return None
     patients = {row.patient_id for row in held_out(real)} - {None}
-    shared = sorted({str(row.patient_id) for row in rows.rows if row.patient_id in patients})
-    if not shared or rows.root.resolve() == real.root.resolve():
+    if not (shared := sorted({str(row.patient_id) for row in rows.rows if row.patient_id in patients})):
         return None
     return (
         f"{generator} was trained on {rows.path}, which names {len(shared)} patients as valid or test of {real.path} "

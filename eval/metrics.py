@@ -1,8 +1,8 @@
 """Distances between two sets of images, over their features: pure functions of (N, D) arrays.
 
 Every matrix of distances is made in tiles of at most CELLS numbers, so 30,000 × 30,000 images need no more memory than
-their features in double precision and a few tiles. Sets that are not two of (N, D), N ≥ 2, finite and of one D raise
-ValueError.
+their features in double precision and a few tiles. Numbers that are not finite raise ValueError, as do sets that are
+not two of (N, D), N ≥ 2 and of one D, where two are asked for.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,9 +23,14 @@ def _two_sets(a: Features, b: Features) -> tuple[Features, Features]:
     a, b = np.asarray(a), np.asarray(b)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"need two sets of features, (N, D) with N ≥ 2 and one D; got {a.shape} and {b.shape}")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+    return _finite(a), _finite(b)
+
+
+def _finite(values: Features) -> Features:
+    """As they are. Raises ValueError where some are no numbers."""
+    if not np.isfinite(values).all():
         raise ValueError("features that are no numbers")
-    return a, b
+    return values
 
 
 def _centred(a: Features, b: Features) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -150,7 +155,7 @@ def nearest(x: Features, among: Features, skip_self: bool = False) -> tuple[NDAr
         skip_self: `x` and `among` are the same rows, and none is its own neighbour.
     """
     indices, values = [np.zeros(0, np.int64)], [np.zeros(0)]
-    x, among = _centred(x, among) if len(among) else (x[:0], among)
+    x, among = _centred(_finite(x), _finite(among)) if len(among) else (x[:0], among)
     for tile in _tiles(x, among):
         block = distances(x[tile], among)
         if skip_self:
@@ -162,7 +167,8 @@ def nearest(x: Features, among: Features, skip_self: bool = False) -> tuple[NDAr
 
 
 def radii(x: NDArray[np.float64], k: int) -> NDArray[np.float64]:
-    """Distance of each row to its k-th nearest other row."""
+    """(N,) distance of each of (N, D) rows to its k-th nearest other row; k is 1 … N − 1, or ValueError is raised."""
+    _finite(x)
     if not 1 <= k < len(x):
         raise ValueError(f"k must be 1 or more and less than the number of images; got k = {k}, {len(x)} images")
     # The nearest is the row itself. A column alone would be a view that keeps its whole tile in memory.
@@ -211,6 +217,6 @@ def inception_score(probabilities: NDArray[np.floating[Any]]) -> float:
     Args:
         probabilities: (N, C), of the classifier that the features come from. 1 … C; it grows with N.
     """
-    p = np.asarray(probabilities, np.float64)
+    p = _finite(np.asarray(probabilities, np.float64))
     logs = np.log(np.maximum(p, 1e-300)) - np.log(np.maximum(p.mean(0), 1e-300))
     return float(np.exp((p * logs).sum(1).mean()))

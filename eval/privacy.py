@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from eval import charts, page, statistics
 from eval.features import features_of, load_extractor
-from eval.images import add_knowledge, group_of, load_native, patients_of, read_split
+from eval.images import add_knowledge, group_of, load_native, matched, patients_of, read_split, refuse_below
 from eval.leakage import held_out, refuse_leakage, refuse_shown, unknown_weights
 from eval.metrics import Features, nearest
 from eval.quality import add_extractor, checkpoint_of
@@ -33,7 +33,7 @@ from eval.similarity import phash, ssim
 from tiger.conditions import read_gray
 from tiger.errors import InputError, run
 from tiger.files import atomic_path, write_json
-from tiger.manifest import Manifest, Row
+from tiger.manifest import Manifest
 
 NEAR = 5  # % of held-out images that are nearer to the training images than what is called near
 MATCH = 4  # bits of 64 in which two perceptual hashes may differ to be called a match
@@ -144,19 +144,6 @@ def hashes_of(manifest: Manifest) -> NDArray[np.uint64]:
     return np.array([phash(load_native(manifest, row)) for row in shown], np.uint64)
 
 
-def balanced(
-    a: Sequence[Row], b: Sequence[Row], rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of `a` and of `b`, equally many of each class on both sides."""
-    chosen: tuple[list[int], list[int]] = ([], [])
-    for label in sorted({str(row.label) for row in a} & {str(row.label) for row in b}):
-        places = [rng.permutation([i for i, row in enumerate(rows) if str(row.label) == label]) for rows in (a, b)]
-        count = min(len(some) for some in places)
-        for into, some in zip(chosen, places, strict=True):
-            into.extend(some[:count].tolist())
-    return np.array(chosen[0], int), np.array(chosen[1], int)
-
-
 def copying_report(of_train: Features, held: Seen, fake: Seen, seed: int) -> dict[str, Any]:
     """C_T with its interval over patients, and as its floor where nothing leaks: between random halves of the held-out
     patients. The floor is a range about 0 that fewer images leave as it is; only the value of a true difference grows
@@ -201,10 +188,10 @@ def measure(train: Manifest, held: Manifest, fake: Manifest, features: Sequence[
     rng = np.random.default_rng(seed)
     of_train, of_held, of_fake = features
     every_held, every_fake = (see(m, x, train, of_train) for m, x in ((held, of_held), (fake, of_fake)))
-    rows = balanced(held.rows, fake.rows, rng)
+    rows = matched(held.rows, fake.rows, rng)
     sides = {"synthetic": every_fake[rows[1]], "held_out": every_held[rows[0]]}
     near = float(np.percentile(sides["held_out"].distance, NEAR))
-    members, others = balanced(train.rows, held.rows, rng)
+    members, others = matched(train.rows, held.rows, rng)
     patient_of = patients_of((*train.rows, *held.rows))
     groups = [patient_of[row.file_name] for row in (*(train.rows[i] for i in members), *(held.rows[i] for i in others))]
 
@@ -341,6 +328,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = _parser().parse_args(argv)
+    refuse_below(args, seed=0)
     real = read_split(args.real, None, synthetic=False, knowledge=args.knowledge)
     fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
     every, held = real.select(split="train"), Manifest(real.path, tuple(held_out(real)))

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from eval import statistics, topology
 from eval.features import DEFAULT, Extractor, default_cache, features_of, load_extractor, probabilities
-from eval.images import add_knowledge, group_of, patients_of, read_split, select_split
+from eval.images import add_knowledge, group_of, patients_of, read_split, refuse_below, select_split
 from eval.leakage import refuse_leakage, refuse_shown, unknown_weights
 from eval.metrics import (
     CMMD_SCALE,
@@ -297,12 +297,11 @@ def checkpoint_of(args: argparse.Namespace) -> str | None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = _parser().parse_args(argv)
+    refuse_below(args, most=FEWEST, seed=0)
     every = read_split(args.real, None, synthetic=False, knowledge=args.knowledge)
     train = every.select(split="train")
     real = every if args.split == "all" else select_split(every, args.split)
     fake = read_split(args.fake, None, synthetic=True, knowledge=args.knowledge)
-    if args.most is not None and args.most < FEWEST:
-        raise InputError(f"--most {args.most}: must be {FEWEST} or more")
     sets, left_out = class_sets(real, fake, patients_of(every.rows), args.most)
     unchecked = refuse_leakage(Manifest(every.path, (*train.rows, *real.rows)), [fake]).unchecked
     refuse_shown(real, [fake, train])

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from eval.images import HelpFormatter, add_knowledge, load_images, load_masks, read_split
 from eval.judges import Segmenter, load_segmenter, mask_iou, normalise, save_judge, segment
-from eval.training import device, fit, shift
+from eval.training import begin, device, finish, fit, shift
 from tiger.errors import InputError, run
 from tiger.files import write_json
 
@@ -65,6 +65,8 @@ def train(args: argparse.Namespace, command: str) -> None:
     held_out = read_split(args.data_dir, "test", knowledge=args.knowledge)
     images, masks = load_images(train_rows, args.resolution), load_masks(train_rows, args.resolution)
     test_images, test_masks = load_images(held_out, args.resolution), load_masks(held_out, args.resolution)
+    if begin(args, train_rows):
+        return
     if args.dry_run:
         print(f"{len(images)} training and {len(test_images)} test images: nothing trained")
         return
@@ -82,21 +84,20 @@ def train(args: argparse.Namespace, command: str) -> None:
         steps=args.max_train_steps,
         learning_rate=args.learning_rate,
         seed=args.seed,
+        folder=Path(args.output_dir),
         description="segmenter",
         validate=lambda step: {"iou": measure(net, test_images[:128], test_masks[:128])["iou"]},
     )
     metrics = measure(net, test_images, test_masks)
     save_judge(net, args.output_dir)
-    write_json(
-        Path(args.output_dir) / "metrics.json",
-        {"command": command, "split": "test", "train_n": len(images), "steps_per_second": speed, **metrics},
-    )
+    notes = {"command": command, "split": "test", "train_n": len(images), "steps_per_second": speed}
+    finish(Path(args.output_dir), notes | metrics)
     print(json.dumps(metrics))
 
 
 def evaluate(args: argparse.Namespace, command: str) -> None:
     """Measure a trained segmenter on a split."""
-    net = load_segmenter(args.model).to(device())
+    net = load_segmenter(args.model)
     rows = read_split(args.data_dir, args.split, knowledge=args.knowledge)
     metrics = measure(net, load_images(rows, net.resolution), load_masks(rows, net.resolution))
     result = {"command": command, "split": args.split, **metrics}

@@ -13,6 +13,7 @@ from data.split import assign_folds
 from eval import leakage, realism
 from eval.arms import EXTRA, REAL, UPPER, is_synthetic, synthetic_shares
 from eval.classifier import Recipe
+from eval.images import patients_of, source_patients
 from eval.runs import Study
 from eval.study import Data, Sources, Trial, refuse_unlabelled
 from tiger import manifest as manifests
@@ -75,7 +76,8 @@ def c2st_settings(args: argparse.Namespace, study: Study, sources: Sources, data
     realism.parts_of(sources.real, fake, leakage.held_out(sources.real), args.seeds[0])
     settings = recipe.settings() | {"image_size": args.image_size, "seed": args.seeds[0], "resamples": args.resamples}
     images = b"".join(key for key, origin in zip(data.keys, data.origin, strict=True) if origin == name)
-    made_from = repr([row.derived_from for row in fake.rows]).encode()
+    patient_of = patients_of(sources.real.rows)
+    made_from = repr([source_patients(row, patient_of) for row in fake.rows]).encode()
     settings["data"] = hashlib.sha256(data.held_out_key.encode() + images + made_from).hexdigest()[:16]
     return settings
 

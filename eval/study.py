@@ -66,10 +66,11 @@ class Data:
 
     @cached_property
     def held_out_key(self) -> str:
-        """Changes with any held-out image or label."""
+        """Changes with any held-out image, and with its label, name or patient, which its scores are saved with."""
         hashed = hashlib.sha256()
         for held in filter(None, (self.valid, self.test)):
-            hashed.update(b"".join(keys_of(held.images)) + held.y.tobytes())
+            names = repr((held.file_names.tolist(), held.patients.tolist())).encode()
+            hashed.update(b"".join(keys_of(held.images)) + held.y.tobytes() + names)
         return hashed.hexdigest()
 
 
@@ -219,13 +220,17 @@ class Plan:
     test: Held
 
 
+def labels_of(trial: Trial, data: Data, negative: str) -> list[str]:
+    """The classes that a trial's net tells apart, in the order of its outputs."""
+    return data.classes if trial.task == ALL else [negative, trial.task]
+
+
 def plan(trial: Trial, data: Data, mixing: Mixing, negative: str) -> Plan:
     """What a trial trains on and is tested on. Raises InputError where the images do not suffice."""
-    labels = data.classes if trial.task == ALL else [negative, trial.task]
+    labels = labels_of(trial, data, negative)
     lookup = np.array([labels.index(label) if label in labels else -1 for label in data.classes])
     y = lookup[data.y]
-    keep = (y >= 0) & kept(trial, data)
-    phases = phases_of(trial.arm, mixing, y, np.where(keep, data.origin, ""), labels)
+    phases = phases_of(trial.arm, mixing, y, np.where(kept(trial, data, labels), data.origin, ""), labels)
 
     def part(held: Held) -> Held:
         chosen = held.only(np.flatnonzero(lookup[held.y] >= 0))
@@ -237,17 +242,18 @@ def plan(trial: Trial, data: Data, mixing: Mixing, negative: str) -> Plan:
     return Plan(labels, y, phases, valid, part(data.test))
 
 
-def kept(trial: Trial, data: Data) -> np.ndarray:
-    """(N,) bool: the images that the trial's amount and share leave. Smaller ones lie in larger ones of the same seed.
+def kept(trial: Trial, data: Data, labels: Sequence[str]) -> np.ndarray:
+    """(N,) bool: the images of classes `labels` that the trial's amount and share leave. Those of a smaller one lie in
+    those of a larger one of the same seed.
 
     Without an amount, further real images are as many of a class as the first synthetic set has, or all there are.
     Copies of an image count as so many images. Raises InputError where an amount is more than there are.
     """
-    keep = np.ones(len(data.y), bool)
+    keep = np.isin(data.y, [data.classes.index(label) for label in labels])
     sets = [name for name in dict.fromkeys(data.origin.tolist()) if name not in (REAL, EXTRA)]
     place = partial(place_of, trial.seed)
-    for c, label in enumerate(data.classes):
-        of_class = data.y == c
+    for label in labels:
+        of_class = data.y == data.classes.index(label)
         if trial.real_share < 1:
             real = of_class & (data.origin == REAL)
             patients = sorted(set(data.patients[real]), key=place)
@@ -294,9 +300,10 @@ def counts(data: Data) -> dict[str, dict[str, int]]:
     return {name: by_class(y, data.classes) for name, y in found.items()}
 
 
-def images_kept(trial: Trial, data: Data) -> dict[str, dict[str, int]]:
-    """Images of each class that the trial has: {real: of the training split, added: to these}"""
-    keep, origins = kept(trial, data), {"real": REAL, "added": source_of(trial.arm)}
+def images_kept(trial: Trial, data: Data, negative: str) -> dict[str, dict[str, int]]:
+    """Images of each class that the trial has: {real: of the training split, added: to these}; 0 of a class that its
+    net does not know."""
+    keep, origins = kept(trial, data, labels_of(trial, data, negative)), {"real": REAL, "added": source_of(trial.arm)}
     return {name: by_class(data.y[keep & (data.origin == of)], data.classes) for name, of in origins.items()}
 
 

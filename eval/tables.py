@@ -11,7 +11,7 @@ Tables are written as Markdown, LaTeX, PNG, and CSV with one line a figure; plot
     table5   accuracy, AUC of each class, and Brier score of each arm, all classes at once
     figure5a AUC by the number of images added, synthetic or real                        (needs --amounts there)
     figure5b AUC by the number of real images, without and with images added             (needs --real_share there)
-    roc, calibration
+    roc, calibration of each image's mean score over seeds, all folds in one; the AUC in tables is a mean over these
 What has not been measured is left out. Nothing is trained, and no image is read. All of --classify comes from the table
 of scores, R/NAME_scores.csv of a report R/NAME.json, with its intervals and tests; a report only gives its settings,
 and for scores of older code the number of real images. p are of paired tests between arms, as eval.figures has them.

@@ -1,15 +1,34 @@
-"""The one small training loop behind the judges and the classifiers: AdamW, warm-up and cosine, a progress bar."""
+"""The one small training loop behind the judges, CLIP and the classifiers: AdamW, warm-up and cosine, a progress bar.
 
+Nets that are kept have a folder (`begin`, `finish`), and a training that was interrupted goes on there.
+"""
+
+import argparse
+import hashlib
 import math
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tiger.errors import WorkFailed
+from eval.images import refuse_below
+from eval.leakage import CONFIG, INPUTS
+from tiger import checkpoint
+from tiger.errors import InputError, WorkFailed
+from tiger.files import atomic_path, read_json, write_json
+from tiger.manifest import Manifest
+from tiger.shards import content_hash
+
+CHECKPOINTING_STEPS = 500
+METRICS = "metrics.json"  # is there once a net is finished
 
 
 def device() -> torch.device:
@@ -30,6 +49,7 @@ def fit(
     validate: Callable[[int], dict[str, float]] | None = None,
     validation_steps: int = 500,
     bf16: bool = False,
+    folder: Path | None = None,
 ) -> float:
     """Train `net` in place for `steps` optimizer steps; returns optimizer steps a second.
 
@@ -39,16 +59,23 @@ def fit(
         learning_rate: peak of the schedule: linear warm-up over the first 5 % of the steps, then cosine to 0.
         validate: called with the step every `validation_steps` and after the last; its values are shown on the bar.
         bf16: the loss under autocast to bfloat16, for GPUs; weights and optimizer stay float32.
+        folder: where a checkpoint is left every CHECKPOINTING_STEPS, and the newest one is gone on from, to the same
+            end as without the interruption where `loss` draws from its generator and PyTorch's global one alone.
     Raises WorkFailed where the loss is no number.
     """
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
     generator = torch.Generator().manual_seed(seed)
+    newest = checkpoint.newest_valid(folder) if folder is not None else None
+    start = checkpoint.step_of(newest) if newest is not None else 0
+    if newest is not None:
+        load_state(newest, net, optimizer, generator)
+        schedule.last_epoch = start
     shown: dict[str, float] = {}
     started = time.perf_counter()
     net.train()
-    with tqdm(total=steps, desc=description, unit="step", dynamic_ncols=True) as bar:
-        for step in range(1, steps + 1):
+    with tqdm(total=steps, initial=start, desc=description, unit="step", dynamic_ncols=True) as bar:
+        for step in range(start + 1, steps + 1):
             with torch.autocast(device().type, torch.bfloat16, enabled=bf16):
                 value = loss(batch(np.random.default_rng([seed, step])), generator)
             optimizer.zero_grad(set_to_none=True)
@@ -68,8 +95,73 @@ def fit(
                     )
                 bar.set_postfix({name: f"{number:.3f}" for name, number in shown.items()}, refresh=False)
             bar.update()
+            if folder is not None and step % CHECKPOINTING_STEPS == 0:
+                checkpoint.save(folder, step, lambda into: save_state(into, net, optimizer, generator))
+                checkpoint.rotate(folder, keep=1, newest=step)
     net.eval()
-    return steps / (time.perf_counter() - started)
+    return (steps - start) / (time.perf_counter() - started)
+
+
+def save_state(folder: Path, net: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+    """Write all that a training depends on into a checkpoint's folder; `load_state` reads it."""
+    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, folder / "net.safetensors")
+    checkpoint.save_optimizer(optimizer, folder / "optimizer.safetensors")
+    states = {"loss": generator.get_state(), "cpu": torch.get_rng_state()}
+    states |= {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    save_file(states, folder / "random.safetensors")
+
+
+def load_state(folder: Path, net: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+    """Put net, optimizer and random numbers where `save_state` found them."""
+    net.load_state_dict(load_file(folder / "net.safetensors"))
+    checkpoint.load_optimizer(optimizer, folder / "optimizer.safetensors")
+    states = load_file(folder / "random.safetensors")
+    generator.set_state(states["loss"])
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def begin(args: argparse.Namespace, rows: Manifest) -> bool:
+    """Note in `args.output_dir` the flags and the training rows of a net, as `eval.leakage` reads them; on a dry run
+    nothing is written. Returns whether the net is finished there.
+
+    Raises InputError where a number is out of its range, and where the folder has a net of other flags or rows.
+    """
+    refuse_below(args, max_train_steps=1, train_batch_size=1, resolution=1, width=1, seed=0)
+    if args.learning_rate is not None and not 0 < args.learning_rate < math.inf:
+        raise InputError(f"--learning_rate {args.learning_rate}: must be a number above 0")
+    folder = Path(args.output_dir)
+    left_out = ("mode", "output_dir", "dry_run")
+    config = {name: value for name, value in vars(args).items() if name not in left_out} | {"split": "train"}
+    files = {row.file_name: content_hash(rows.file(row, "file_name")) for row in rows.rows}
+    inputs = {"files": files, "rows": hashlib.sha256(repr(rows.rows).encode()).hexdigest()}
+    if (folder / CONFIG).is_file():
+        old = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        changed = [
+            f"{name} was {old.get(name)}, is {value}" for name, value in config.items() if old.get(name) != value
+        ]
+        if read_json(folder / INPUTS) != inputs:
+            changed.append(f"the training rows of {rows.path} have changed")
+        if changed:
+            raise InputError(f"{folder} holds another training: {'; '.join(changed)}; give another --output_dir")
+    elif (folder / "config.json").exists():
+        raise InputError(f"{folder} holds a net that does not say how it was trained; give another --output_dir")
+    if (folder / METRICS).is_file():
+        print(f"{folder} holds the finished net: nothing to do")
+        return True
+    if not args.dry_run:
+        write_json(folder / INPUTS, inputs)
+        with atomic_path(folder / CONFIG) as temporary:
+            temporary.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return False
+
+
+def finish(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Write a net's metrics beside it, by which it is finished, and drop its checkpoints."""
+    write_json(folder / METRICS, metrics)
+    for old in checkpoint.checkpoints(folder):
+        shutil.rmtree(old)
 
 
 def warmup_cosine(step: int, steps: int) -> float:

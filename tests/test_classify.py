@@ -25,6 +25,7 @@ from tiger.errors import InputError, WorkFailed, run
 from tiger.files import read_json, write_json
 from tiger.manifest import Row
 from tiger.output import model_fingerprint
+from tiger.shards import content_hash
 
 CLASSES = ("benign", "PTC", "FTC")
 SMALL = ["--model", "resnet18", "--image_size", "32", "--train_batch_size", "8", "--resamples", "50"]
@@ -173,6 +174,15 @@ def test_folds_test_every_patient_once(
         classify.main(arguments(folders, output, "--folds", "3"))
 
 
+def test_folds_that_test_a_patient_twice_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = manifest.read(folders["real"]).rows
+    for fold in range(2):
+        manifest.write(folders["real"] / f"fold{fold}.jsonl", rows)
+    given = arguments(folders | {"real": folders["real"] / "fold{fold}.jsonl"}, tmp_path / "r.json", "--folds", "2")
+    with pytest.raises(InputError, match="fold1.jsonl: patients in the test of fold 1 and of fold 0 too: P-test-FTC-0"):
+        classify.main([*given, "--arms", "oversampling", "--dry_run"])
+
+
 def test_amounts_and_shares_of_the_real(folders: dict[str, Path], tmp_path: Path) -> None:
     output = tmp_path / "report.json"
     given = arguments(folders, output, "--no_realism", "--arms", "oversampling", "tiger_f", "--amounts", "2,4")
@@ -194,12 +204,36 @@ def test_amounts_and_shares_of_the_real(folders: dict[str, Path], tmp_path: Path
         classify.main(arguments(folders, tmp_path / "r.json", "--amounts", "9", "--dry_run"))
 
 
+def test_a_net_of_its_own_needs_images_of_its_classes_alone(folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = manifest.read(folders["fake"]).rows
+    manifest.write(folders["fake"] / "no_ptc.jsonl", [row for row in rows if row.label != "PTC"])
+    given = arguments(folders | {"fake": folders["fake"] / "no_ptc.jsonl"}, tmp_path / "r.json", "--arms", "tiger_f")
+    given += ["--amounts", "8", "--no_realism"]
+    with pytest.raises(InputError, match="arm tiger_f: 0 images of class PTC, and --amounts asks for 8"):
+        classify.main([*given, "--dry_run"])
+    classify.main([*given, "--tasks", "FTC"])
+    entry = read_json(tmp_path / "r.json")["arms"]["tiger_f, 8 a class"]
+    assert entry["added"] == {"benign": 8, "PTC": 0, "FTC": 8} and entry["real"] == {"benign": 20, "PTC": 0, "FTC": 4}
+
+
+def test_scores_of_other_patients_are_not_reused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Intervals are over the patients that scores are saved with."""
+    real = tmp_path / "real"
+    shutil.copytree(folders["real"], real)
+    given = arguments(folders | {"real": real}, tmp_path / "r.json", "--arms", "oversampling")
+    classify.main(given)
+    rows = manifest.read(real).rows
+    manifest.write(real / "metadata.jsonl", [replace(row, patient_id=row.file_name) for row in rows])
+    with pytest.raises(InputError, match="oversampling-seed0.json was made with other settings: data was"):
+        classify.main(given)
+
+
 def test_what_amounts_and_shares_leave(folders: dict[str, Path]) -> None:
     real, fake, extra = (manifest.read(folders[name]) for name in ("real", "fake", "extra"))
     data = load(Sources(real, {"tiger_f": fake}, extra), classes_of(real, CLASSES), 32)
 
     def left(**given) -> dict[str, list[int]]:
-        keep = kept(Trial("all", **{"arm": "tiger_f", "seed": 0} | given), data)
+        keep = kept(Trial("all", **{"arm": "tiger_f", "seed": 0} | given), data, data.classes)
         return {
             name: np.bincount(data.y[keep & (data.origin == name)], minlength=3).tolist()
             for name in ("real", "tiger_f", "extra_real")
@@ -212,14 +246,15 @@ def test_what_amounts_and_shares_leave(folders: dict[str, Path]) -> None:
         left(arm="real_upper", amount=13)
     assert left(amount=3)["tiger_f"] == [3, 3, 3]
     assert left(real_share=0.5)["real"] == [10, 6, 2]
-    half = kept(Trial("all", "oversampling", 0, real_share=0.5), data) & (data.origin == "real")
+    half = kept(Trial("all", "oversampling", 0, real_share=0.5), data, data.classes) & (data.origin == "real")
     assert not set(data.patients[half]) & set(data.patients[~half & (data.origin == "real")])  # whole patients
     two, four, other = (
-        kept(Trial("all", "tiger_f", seed, amount=amount), data) for seed, amount in ((0, 2), (0, 4), (1, 2))
+        kept(Trial("all", "tiger_f", seed, amount=amount), data, data.classes)
+        for seed, amount in ((0, 2), (0, 4), (1, 2))
     )
     assert not (two & ~four).any() and (two != other).any()
     alone = load(Sources(real, {"sd": extra, "tiger_f": fake}, None), data.classes, 32)  # beside other sets
-    again = kept(Trial("all", "tiger_f", 0, amount=2), alone)
+    again = kept(Trial("all", "tiger_f", 0, amount=2), alone, alone.classes)
 
     def of_tiger(data: Data, keep: np.ndarray) -> set[bytes]:
         return {data.keys[i] for i in np.flatnonzero(keep & (data.origin == "tiger_f"))}
@@ -227,7 +262,7 @@ def test_what_amounts_and_shares_leave(folders: dict[str, Path]) -> None:
     assert len(of_tiger(data, two)) == 6 and of_tiger(data, two) == of_tiger(alone, again)
     keys = [bytes([i % 3]) if data.origin[i] == "tiger_f" else key for i, key in enumerate(data.keys)]
     copies = replace(data, keys=keys)
-    four, six = (kept(Trial("all", "tiger_f", 0, amount=amount), copies) for amount in (4, 6))
+    four, six = (kept(Trial("all", "tiger_f", 0, amount=amount), copies, data.classes) for amount in (4, 6))
     assert np.bincount(data.y[six & (data.origin == "tiger_f")]).tolist() == [6, 6, 6]  # copies count
     assert not (four & ~six).any()
 
@@ -640,7 +675,19 @@ def test_patients_of_another_copy_of_the_data_are_said(
     shutil.rmtree(copy)
     classify.main(given)
     told = capsys.readouterr().err
-    assert f"{model} was trained on 2 images, none of which is among" in told and "is not here: not checked" in told
+    assert f"{model} was trained on 2 images, of which 2 are not among" in told
+    assert "not in its data set any more as they were: not checked: images/a.png, images/b.png" in told
+    names = [row.file_name for row in manifest.read(folders["real"]).select(split="train").rows[:3]]
+    seen = {name: content_hash(folders["real"] / name) for name in names}
+    write_json(model / "inputs.json", {"files": seen | {"images/a.png": "0"}})
+    classify.main(given)  # it has seen one more than are found
+    assert "trained on 4 images, of which 1 are not among" in capsys.readouterr().err
+    (model / "config.yaml").write_text(f"data_dir: {folders['real']}\nsplit: train\n")
+    classify.main(given)  # nor does a data set tell that is here, and has it no more
+    assert "of which 1 are not among" in capsys.readouterr().err
+    write_json(model / "inputs.json", {"files": seen})
+    classify.main(given)
+    assert "was trained on" not in capsys.readouterr().err
 
 
 def test_a_copy_of_a_test_image_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

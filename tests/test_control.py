@@ -1,6 +1,7 @@
 """Control fidelity between floor and ceiling, with judges whose answers are known."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,10 @@ def test_command_writes_a_report(folders: tuple[Manifest, Manifest], tmp_path: P
     assert report["n"] == {"generated": 18, "real": 15}
     assert report["command"].startswith("python -m eval.control --fake ")
     assert report["judges"]["segmenter"] == {"folder": str(tmp_path / "judges" / "segmenter"), "command": "train it"}
-    makers, judges = report["unchecked"]
+    makers, *judges = report["unchecked"]
     assert "18 rows do not say which model made them" in makers
-    assert judges.startswith(f"what {tmp_path / 'judges'} was trained on is not known")
+    for told, judge in zip(judges, ("segmenter", "attributes"), strict=True):
+        assert told.startswith(f"what {tmp_path / 'judges' / judge} was trained on is not known")
     assert report["judges"]["attributes"]["command"] == ""  # nobody wrote down how it was made
     assert set(report) >= {"mask_iou", "sobel_correlation", "attribute_agreement"}
     control.main([*given, "--output", str(tmp_path / "dry.json"), "--dry_run"])
@@ -192,6 +194,21 @@ def test_what_was_made_from_the_ceilings_images_is_refused(
     control.main(given)
     assert "judges was trained on" not in capsys.readouterr().err  # it is known of those that come with the code
     assert_leaks_are_refused(lambda: control.main(given), fake, real.root, real.rows[0].file_name, tmp_path)
+
+
+@pytest.mark.parametrize("judge", ["segmenter", "attributes"])
+def test_a_judge_that_was_trained_on_the_ceilings_images_is_refused(
+    folders: tuple[Manifest, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str], judge: str
+) -> None:
+    fake, real = folders
+    judges = shutil.copytree(JUDGES, tmp_path / "judges")
+    given = ["--fake", str(fake.root), "--real", str(real.root), "--judges", str(judges), "--dry_run"]
+    given += ["--output", str(tmp_path / "c.json")]
+    control.main(given)
+    assert f"what {judges / judge} was trained on is not known" in capsys.readouterr().err
+    (judges / judge / "config.yaml").write_text(f"data_dir: {real.root}\nsplit: test\n")
+    with pytest.raises(InputError, match=f"the net .*{judge} was trained on patients of valid or test"):
+        control.main(given)
 
 
 @pytest.mark.parametrize("name", ["fake", "real"])

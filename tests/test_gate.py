@@ -152,6 +152,11 @@ def test_bad_images_go_with_reasons_and_nothing_is_lost(real: Manifest, fake: Ma
     assert copy["scores"]["novelty"] == 0 and any(why.startswith("novelty 0 is below") for why in copy["reasons"])
     assert any(why.startswith("realism") for why in white["reasons"])
     report = json.loads((fake.root / "kept.json").read_text())
+    assert ["do not say which model made them" in text for text in report["unchecked"]] == [True, False, False]
+    assert [
+        f"{judge} was trained on is not known" in text
+        for judge, text in zip(("attributes", "segmenter"), report["unchecked"][1:], strict=True)
+    ] == [True, True]
     assert sum(entry["kept"] for entry in report["kept"].values()) == len(kept.rows)
     for name, entry in report["scores"].items():
         assert entry["below"] == sum(note["scores"][name] < round(entry["bound"], 4) for note in notes.values()), name
@@ -200,6 +205,7 @@ def test_scores_of_the_nets_are_against_what_the_row_asks_for(
         ([], "metadata.jsonl", "which is never changed"),
         (["--quantile", "1"], "kept.jsonl", "must lie in 0..1"),
         (["--most", "0"], "kept.jsonl", "must be at least 1"),
+        (["--scores", "realism", "--min_novelty", ".5"], "kept.jsonl", "--min_novelty: novelty is not among --scores"),
         (["--scores", "novelty", "--min_novelty", "1e9"], "kept.jsonl", "no image passes"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import lzma
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,18 @@ def test_generators_are_one_arm_whose_figure_is_their_mean() -> None:
     assert found["shares"]["oversampling"]["tiger_f"]["benign-FTC"]["value"] == pytest.approx(share, rel=1e-6)
     of_figure = [one for one in found["differences"] if one["figure"] == "macro"]
     assert [one["p_holm"] for one in of_figure] == pytest.approx(statistics.holm([one["p"] for one in of_figure]))
+
+
+def test_generators_of_an_amount_are_one_arm_and_what_has_none_is_said_to_have_none() -> None:
+    named = {"tiger_f": "tiger_f_{}, 100 a class", "oversampling": "oversampling, 0.5 of the real"}
+    runs = []
+    for one in study((0.8, 1.1)):
+        method, number = generators.generator_of(one.condition)
+        runs.append(replace(one, condition=named.get(method, method).format(number)))
+    found = generators.summarise(generators.draw(runs, "benign", 50), {"oversampling, 0.5 of the real": 0.0})
+    counts = {arm: entry["macro"]["generators"] for arm, entry in found["arms"].items()}
+    assert counts == {"oversampling, 0.5 of the real": 0, "real_upper": 0, "tiger_f, 100 a class": 2}
+    assert generators.named("tiger_f, 100 a class", found["arms"]["tiger_f, 100 a class"]).endswith("2 generators")
 
 
 def test_differences_of_a_figure_are_one_family_and_a_pair_is_tested_once() -> None:

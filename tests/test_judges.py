@@ -2,15 +2,17 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import scipy.fft
 import torch
 from eval_samples import PLACES, write_dataset
+from safetensors.torch import load_file
 
-from eval import attributes, judges, segment
-from tiger.errors import run
+from eval import attributes, clip_train, judges, segment, training
+from tiger.errors import InputError, run
 from tiger.files import read_json
 
 TERMS = {"location": list(PLACES), "extension": ["no extension", "extension"]}
@@ -51,6 +53,66 @@ def test_the_attribute_net_learns_and_is_measured(data: Path, tmp_path: Path) ->
     output = tmp_path / "measured.json"
     attributes.main(["evaluate", "--data_dir", str(data), "--model", str(folder), "--output", str(output)])
     assert read_json(output)["accuracy"] == pytest.approx(metrics["accuracy"], abs=0.06)
+
+
+@pytest.mark.parametrize("module", [segment, attributes, clip_train])
+def test_a_training_that_was_killed_ends_bit_equal(
+    module: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def given(folder: str, steps: int = 9) -> list[str]:
+        flags = ["--data_dir", str(data), "--output_dir", str(tmp_path / folder), "--max_train_steps", str(steps)]
+        return ["train", *flags, *(TINY if module is not clip_train else [*TINY[:2], "--width", "48", *TINY[4:]])]
+
+    module.main(given("whole"))
+    monkeypatch.setattr(training, "CHECKPOINTING_STEPS", 3)
+    rotate = training.checkpoint.rotate
+
+    def killed(folder: Path, keep: int, newest: int) -> None:
+        if newest == 6:
+            raise KeyboardInterrupt
+        rotate(folder, keep=keep, newest=newest)
+
+    monkeypatch.setattr(training.checkpoint, "rotate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        module.main(given("cut"))
+    assert not (tmp_path / "cut" / "metrics.json").exists()
+    monkeypatch.setattr(training.checkpoint, "rotate", rotate)
+    with pytest.raises(
+        InputError, match="cut holds another training: max_train_steps was 9, is 8; give another --outp"
+    ):
+        module.main(given("cut", 8))
+    capsys.readouterr()
+    module.main(given("cut"))
+    assert "6/9" in capsys.readouterr().err  # went on from there
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+    assert {path.name for path in (tmp_path / "cut").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+    module.main(given("cut"))
+    assert "cut holds the finished net: nothing to do" in capsys.readouterr().out
+    (tmp_path / "cut" / "config.yaml").unlink()
+    with pytest.raises(InputError, match="holds a net that does not say how it was trained"):
+        module.main(given("cut"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--max_train_steps", "0"], "--max_train_steps 0: must be 1 or more"),
+        (["--train_batch_size", "0"], "--train_batch_size 0: must be 1 or more"),
+        (["--learning_rate", "0"], "--learning_rate 0.0: must be a number above 0"),
+        (["--seed", "-1"], "--seed -1: must be 0 or more"),
+    ],
+)
+@pytest.mark.parametrize("module", [segment, attributes, clip_train])
+def test_numbers_that_make_no_training_are_refused(
+    module: ModuleType, data: Path, tmp_path: Path, flags: list[str], told: str
+) -> None:
+    given = ["train", "--data_dir", str(data), "--output_dir", str(tmp_path / "net"), "--resolution", "32", *flags]
+    with pytest.raises(InputError, match=told):
+        module.main(given)
+    assert not (tmp_path / "net").exists()
 
 
 @pytest.mark.parametrize("net", [judges.Segmenter(4, 32), judges.AttributeNet(TERMS, 4, 32)])

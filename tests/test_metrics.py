@@ -44,6 +44,9 @@ def test_what_are_not_two_sets_of_features_is_refused(metric) -> None:
         broken[3, 2] = number
         with pytest.raises(ValueError, match="features that are no numbers"):
             metric(a, broken)
+        for one in (metrics.nearest, lambda _, x: metrics.radii(x, 2), lambda _, x: metrics.inception_score(x)):
+            with pytest.raises(ValueError, match="features that are no numbers"):
+                one(a, broken)
 
 
 def test_distances_do_not_know_where_the_origin_is() -> None:
