@@ -32,11 +32,9 @@ bash pretrain.sh --config configs/pretrain-base.yaml --pretrained_model "$work/i
 $python -m tiger.base export --model "$work/pretrain" --figures "$work/init" --output_dir assets/tiny-base
 
 $python -m data.prepare phantom --output_dir "$work/judges" --count 6000 --seed 12 --preset truth
-if [[ ! -f $work/segmenter/metrics.json ]]; then
-    $python -m eval.segment train --data_dir "$work/judges" --output_dir "$work/segmenter" --max_train_steps 2500
-fi
-if [[ ! -f $work/attributes/metrics.json ]]; then
-    $python -m eval.attributes train --data_dir "$work/judges" --output_dir "$work/attributes" --max_train_steps 4000
-fi
-mkdir -p assets/judges
-cp -r "$work/segmenter" "$work/attributes" assets/judges/
+$python -m eval.segment train --data_dir "$work/judges" --output_dir "$work/segmenter" --max_train_steps 2500
+$python -m eval.attributes train --data_dir "$work/judges" --output_dir "$work/attributes" --max_train_steps 4000
+for judge in segmenter attributes; do
+    mkdir -p "assets/judges/$judge"
+    cp "$work/$judge/"{config.json,metrics.json,model.safetensors} "assets/judges/$judge/"
+done

@@ -1,8 +1,9 @@
 """The attribute net that judges whether an image shows what its prompt says: train it on known attributes, measure it.
 
-python -m eval.attributes train --data_dir runs/phantom --output_dir assets/judges/attributes --max_train_steps 10000
-python -m eval.attributes evaluate --data_dir runs/phantom --split test --model assets/judges/attributes
-python -m eval.attributes train --data_dir runs/phantom --output_dir runs/attributes --max_train_steps 50  # a minute
+python -m eval.attributes train --data_dir runs/phantom --output_dir runs/judges/attributes --max_train_steps 10000
+python -m eval.attributes evaluate --data_dir runs/phantom --split test --model runs/judges/attributes
+
+A training that was interrupted goes on when its command is run again.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from eval.images import HelpFormatter, add_knowledge, load_images, load_masks, name_rows, read_split
 from eval.judges import AttributeNet, load_attribute_net, normalise, predict_attributes, save_judge
-from eval.training import begin, device, finish, fit, shift
+from eval.training import begin, device, finish, fit, refuse_numbers, shift
 from tiger.errors import InputError, run
 from tiger.files import write_json
 from tiger.knowledge import Knowledge
@@ -79,7 +80,7 @@ def train(args: argparse.Namespace, command: str) -> None:
     images, masks = load_images(train_rows, args.resolution), load_masks(train_rows, args.resolution)
     test_images = load_images(held_out, args.resolution)
     test_stated = [dict(row.attributes) for row in held_out.rows]
-    if begin(args, train_rows):
+    if begin(args, train_rows, held_out):
         return
     if args.dry_run:
         print(
@@ -164,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     command = f"python -m eval.attributes {shlex.join(sys.argv[1:] if argv is None else argv)}"
     if args.mode == "train":
+        refuse_numbers(args)
         if args.resolution % 16:
             raise InputError(f"--resolution {args.resolution}: must be a multiple of 16")
         train(args, command)

@@ -35,7 +35,7 @@ from typing import Any
 from eval import arms, figures, runs
 from eval.arms import AUGMENTATIONS, PLAIN, POLICIES, UPPER
 from eval.classifier import MODELS, Recipe
-from eval.images import name_rows, patients_of, refuse_below
+from eval.images import name_rows, refuse_below
 from eval.leakage import said, unknown_weights
 from eval.runs import SHARES, Study
 from eval.sources import (
@@ -295,11 +295,13 @@ def seen_by_generators(args: argparse.Namespace) -> list[str]:
 
 
 def mean_sizes(found: Sequence[dict[str, Sizes]]) -> dict[str, Sizes]:
-    """Images of each name and class, the mean of what was found in each fold, or each trial."""
-    return {
-        name: {label: round(fmean(one[name][label] for one in found if name in one)) for label in sizes}
-        for name, sizes in found[0].items()
-    }
+    """Images of each name and class, the mean of what was found in each fold, or each trial that has the class."""
+    sizes: defaultdict[str, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for one in found:
+        for name, of_name in one.items():
+            for label, count in of_name.items():
+                sizes[name][label].append(count)
+    return {name: {label: round(fmean(of)) for label, of in labels.items()} for name, labels in sizes.items()}
 
 
 def warn_of_unequal(work: Sequence[Trial], added_by: dict[str, Sizes]) -> None:
@@ -328,7 +330,8 @@ def refuse_tested_twice(sources: dict[int | None, Sources]) -> None:
     """Raise InputError where folds have a test patient in common: intervals take their tests to be independent."""
     tested: dict[str, int | None] = {}
     for fold, of_fold in sources.items():
-        patients = set(patients_of(of_fold.real.select(split="test").rows).values())
+        test = of_fold.real.select(split="test")
+        patients = {row.patient_id or str((test.root / row.file_name).resolve()) for row in test.rows}
         if twice := sorted(patient for patient in patients if patient in tested):
             path = of_fold.real.path
             raise InputError(

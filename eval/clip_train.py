@@ -42,7 +42,7 @@ from eval.images import (
     shuffled,
 )
 from eval.leakage import refuse_leakage, refuse_trained
-from eval.training import METRICS, begin, device, finish, fit, shift
+from eval.training import METRICS, begin, device, finish, fit, refuse_numbers, shift
 from tiger.errors import InputError, run
 from tiger.files import read_json, write_json
 from tiger.knowledge import Knowledge
@@ -188,7 +188,7 @@ def train(args: argparse.Namespace, command: str) -> None:
         clip = new_clip(args.resolution, args.width, args.seed)
     else:
         clip = load_clip(args.pretrained_model)
-    if begin(args, rows):
+    if begin(args, rows, held_out):
         return
     if args.dry_run:
         print(f"{len(rows.rows)} training and {len(held_out.rows)} test images: nothing trained")
@@ -364,7 +364,11 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     args = _parser().parse_args(argv)
     command = f"python -m eval.clip_train {shlex.join(sys.argv[1:] if argv is None else argv)}"
-    (train if args.mode == "train" else evaluate)(args, command)
+    if args.mode == "train":
+        refuse_numbers(args)
+        train(args, command)
+    else:
+        evaluate(args, command)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Each figure stands between a floor, the same images judged against another image's request, and a ceiling, the same
 judge on held-out real images, whose classes are weighted as those of the generated ones. Judges see the image alone. A
-generator that has seen these images or patients is refused, as are images derived from them.
+generator or a judge that has seen these images or patients is refused, as are images derived from them.
 
 The judges in assets/judges know synthetic thyroid ultrasound only: on other images their figures mean nothing. Train
 some on yours with `python -m eval.segment train` and `python -m eval.attributes train`, and give them by --judges.

@@ -390,7 +390,7 @@ def load_whole(cls: Any, folder: Path) -> Any:
 
 def from_attribute_net(folder: Path) -> NetExtractor:
     """What an attribute judge's heads see: texture, the whole image, the nodule."""
-    net = load_attribute_net(folder).to(device())
+    net = load_attribute_net(folder)
     parts, normalisation = [folder / "config.json", folder / "model.safetensors"], ((0.5,), (0.5,))  # to [-1, 1]
     return NetExtractor(
         name=f"attribute judge {digest_of(parts, *normalisation)}, {net.resolution} px, {RESIZE}",

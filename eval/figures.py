@@ -210,7 +210,7 @@ def hosmer_lemeshow(runs: Iterable[Run], negative: str, task: str) -> tuple[floa
     depend on each other (Rüger 1978; Vovk & Wang 2020, section 1). Probabilities are kept off 0 and 1, where chi2 is
     infinite.
     """
-    rng, found = np.random.default_rng(0), []
+    found = []
     for run in runs:
         if task not in pairs(run, negative):
             continue
@@ -218,7 +218,7 @@ def hosmer_lemeshow(runs: Iterable[Run], negative: str, task: str) -> tuple[floa
         images = statistics.group_members([run.test.patients[i] for i in rows])
         if len(images) < GROUPS:
             return math.nan, math.nan
-        p = np.clip(p, 1e-6, 1 - 1e-6)
+        p, rng = np.clip(p, 1e-6, 1 - 1e-6), np.random.default_rng(0)
         for _ in range(CHOICES if len(images) < len(y) else 1):
             chosen = [of_patient[rng.integers(len(of_patient))] for of_patient in images]
             found.append(statistics.hosmer_lemeshow(y[chosen], p[chosen], GROUPS, fitted=False))

@@ -12,8 +12,9 @@ Scores, each higher for better images:
     usefulness   how much the risk on real images would rise without it (MoSo)
 
 An image is rejected where a score lies below the bound that `--quantile` of the real validation images miss, or below
-`--min_<score>`. Test images have no part in it. The manifest of --fake stays as it is: OUTPUT lists what is kept,
-OUTPUT's name with `_rejected` the rest with reasons, and with `.json` the bounds; rows carry their scores as `gate`.
+`--min_<score>`. Judges that saw the validation images are refused; test images have no part in it. The manifest of
+--fake stays as it is: OUTPUT lists what is kept, OUTPUT's name with `_rejected` the rest with reasons, and with `.json`
+the bounds; rows carry their scores as `gate`.
 
 `attributes` and `mask` are by the nets of --judges. Those in assets/judges know synthetic thyroid ultrasound only: for
 other images train some with `python -m eval.attributes train` and `python -m eval.segment train`, or leave both out:

@@ -241,6 +241,8 @@ def trained_on(real: Manifest, net: str, seen: Iterable[Row]) -> str | None:
 
 def unfound(real: Manifest, generator: Path, training: Training, hash_of: Callable[[str], str]) -> str | None:
     """What files cannot tell: images that a generator has seen and that nobody has any more as they were then."""
+    if not training.files:
+        return None
     here = {hash_of(row.file_name) for row in real.rows}
     if (rows := training.rows) is not None:
         one_folder = rows.root.resolve() == real.root.resolve()

@@ -81,13 +81,24 @@ class Study:
 
 
 def refuse_changes(study: Study, trials: Iterable[Trial], data: Data) -> dict[Trial, dict[str, Any]]:
-    """The settings of each trial. Raises InputError where its scores are there and were made with others."""
+    """The settings of each trial. Raises InputError where its scores are there and were made with others, or of images
+    that had other names or patients."""
     settings = {trial: study.settings(trial, data) for trial in trials}
     for trial, of_trial in settings.items():
         path = study.path(trial)
-        old = read_json(path)["settings"] if path.is_file() else of_trial
+        if not path.is_file():
+            continue
+        saved, one = read_json(path), study.plans(trial, data)[0]
+        old = saved["settings"]
         named = [(name, old.get(name), of_trial.get(name)) for name in of_trial | old]
         changed = [f"{name} was {was}, is {value}" for name, was, value in named if was != value]
+        for split, held in (("valid", one.valid), ("test", one.test)):
+            if (
+                held is not None
+                and split in saved
+                and any(saved[split][name] != values for name, values in held.names.items())
+            ):
+                changed.append(f"images of {split} had other names or patients")
         if changed:
             raise InputError(
                 f"{path} was made with other settings: {'; '.join(changed)}. Give the old values to go on, or another "
@@ -139,8 +150,7 @@ def fit(study: Study, trial: Trial, data: Data, one: Plan) -> tuple[nn.Module, d
 def scored(net: nn.Module, held: Held, labels: list[str]) -> dict[str, Any]:
     """The probabilities of held-out images, with what the figures need to know of each."""
     return {
-        "file_name": held.file_names.tolist(),
-        "patient_id": held.patients.tolist(),
+        **held.names,
         "label": [labels[c] for c in held.y],
         "probabilities": [[float(f"{p:.7g}") for p in row] for row in classifier.predict(net, held.images).tolist()],
     }

@@ -1,8 +1,9 @@
 """The nodule segmenter that judges generated images: train it on images with exact masks, and measure it.
 
-python -m eval.segment train --data_dir runs/phantom --output_dir assets/judges/segmenter --max_train_steps 6000
-python -m eval.segment evaluate --data_dir runs/phantom --split test --model assets/judges/segmenter
-python -m eval.segment train --data_dir runs/phantom --output_dir runs/segmenter --max_train_steps 50  # a minute
+python -m eval.segment train --data_dir runs/phantom --output_dir runs/judges/segmenter --max_train_steps 6000
+python -m eval.segment evaluate --data_dir runs/phantom --split test --model runs/judges/segmenter
+
+A training that was interrupted goes on when its command is run again.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from eval.images import HelpFormatter, add_knowledge, load_images, load_masks, read_split
 from eval.judges import Segmenter, load_segmenter, mask_iou, normalise, save_judge, segment
-from eval.training import begin, device, finish, fit, shift
+from eval.training import begin, device, finish, fit, refuse_numbers, shift
 from tiger.errors import InputError, run
 from tiger.files import write_json
 
@@ -65,7 +66,7 @@ def train(args: argparse.Namespace, command: str) -> None:
     held_out = read_split(args.data_dir, "test", knowledge=args.knowledge)
     images, masks = load_images(train_rows, args.resolution), load_masks(train_rows, args.resolution)
     test_images, test_masks = load_images(held_out, args.resolution), load_masks(held_out, args.resolution)
-    if begin(args, train_rows):
+    if begin(args, train_rows, held_out):
         return
     if args.dry_run:
         print(f"{len(images)} training and {len(test_images)} test images: nothing trained")
@@ -134,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     command = f"python -m eval.segment {shlex.join(sys.argv[1:] if argv is None else argv)}"
     if args.mode == "train":
+        refuse_numbers(args)
         if args.resolution % 32:
             raise InputError(f"--resolution {args.resolution}: must be a multiple of 32")
         train(args, command)

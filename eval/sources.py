@@ -73,12 +73,13 @@ Test = tuple[str, int | None]  # a synthetic set and a fold, whose real and synt
 def c2st_settings(args: argparse.Namespace, study: Study, sources: Sources, data: Data, name: str) -> dict[str, Any]:
     """All that a real-versus-synthetic classifier's figures depend on. Raises InputError where images are too few."""
     recipe, fake = c2st_recipe(args, study), sources.fakes[name].select(labels=data.classes)
-    realism.parts_of(sources.real, fake, leakage.held_out(sources.real), args.seeds[0])
+    kept_out = leakage.held_out(sources.real)
+    realism.parts_of(sources.real, fake, kept_out, args.seeds[0])
     settings = recipe.settings() | {"image_size": args.image_size, "seed": args.seeds[0], "resamples": args.resamples}
     images = b"".join(key for key, origin in zip(data.keys, data.origin, strict=True) if origin == name)
     patient_of = patients_of(sources.real.rows)
-    made_from = repr([source_patients(row, patient_of) for row in fake.rows]).encode()
-    settings["data"] = hashlib.sha256(data.held_out_key.encode() + images + made_from).hexdigest()[:16]
+    groups = [source_patients(row, patient_of) for row in fake.rows], [patient_of[row.file_name] for row in kept_out]
+    settings["data"] = hashlib.sha256(data.held_out_key.encode() + images + repr(groups).encode()).hexdigest()[:16]
     return settings
 
 

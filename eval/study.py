@@ -46,6 +46,11 @@ class Held:
     file_names: np.ndarray  # (N,) str
     patients: np.ndarray  # (N,) str
 
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """What the scores of the images are saved with."""
+        return {"file_name": self.file_names.tolist(), "patient_id": self.patients.tolist()}
+
     def only(self, rows: np.ndarray) -> "Held":
         """Those at `rows`."""
         return Held(self.images[rows], self.y[rows], self.file_names[rows], self.patients[rows])
@@ -66,11 +71,10 @@ class Data:
 
     @cached_property
     def held_out_key(self) -> str:
-        """Changes with any held-out image, and with its label, name or patient, which its scores are saved with."""
+        """Changes with any held-out image or label."""
         hashed = hashlib.sha256()
         for held in filter(None, (self.valid, self.test)):
-            names = repr((held.file_names.tolist(), held.patients.tolist())).encode()
-            hashed.update(b"".join(keys_of(held.images)) + held.y.tobytes() + names)
+            hashed.update(b"".join(keys_of(held.images)) + held.y.tobytes())
         return hashed.hexdigest()
 
 
@@ -301,10 +305,11 @@ def counts(data: Data) -> dict[str, dict[str, int]]:
 
 
 def images_kept(trial: Trial, data: Data, negative: str) -> dict[str, dict[str, int]]:
-    """Images of each class that the trial has: {real: of the training split, added: to these}; 0 of a class that its
-    net does not know."""
-    keep, origins = kept(trial, data, labels_of(trial, data, negative)), {"real": REAL, "added": source_of(trial.arm)}
-    return {name: by_class(data.y[keep & (data.origin == of)], data.classes) for name, of in origins.items()}
+    """Images of each class that the trial's net knows: {real: of the training split, added: to these}"""
+    labels, origins = labels_of(trial, data, negative), {"real": REAL, "added": source_of(trial.arm)}
+    keep = kept(trial, data, labels)
+    found = {name: by_class(data.y[keep & (data.origin == of)], data.classes) for name, of in origins.items()}
+    return {name: {label: of[label] for label in labels} for name, of in found.items()}
 
 
 def by_class(y: np.ndarray, classes: Sequence[str]) -> dict[str, int]:

@@ -132,11 +132,15 @@ def remade(runs: Sequence[figures.Run], given: Report, negative: str | None, res
     negative = negative or str(settings.get("negative", NEGATIVE))
     found = figures.summarise(runs, negative, resamples or settings.get("resamples", RESAMPLES))
     for condition, entry in found["arms"].items():
-        notes = [run.notes for run in runs if run.condition == condition]
-        if all("real_images" in note for note in notes):
-            entry["real_images"] = fmean(note["real_images"] for note in notes)
-        elif given:
-            entry["real_images"] = sum(given["arms"][condition].get("real", {}).values())
+        mine = [run for run in runs if run.condition == condition]
+        if all("real_images" in run.notes for run in mine):
+            trained: dict[str, list[int]] = {}  # task -> of each net
+            for run in mine:
+                for task in figures.pairs(run, negative):
+                    trained.setdefault(task, []).append(run.notes["real_images"])
+            entry["real_images"] = {task: fmean(of) for task, of in trained.items()}
+        elif given and (real := sum(given["arms"][condition].get("real", {}).values())):
+            entry["real_images"] = dict.fromkeys(figures.tasks_of(mine, negative), real)
     net = {name: settings.get(name, runs[0].notes.get(name)) for name in ("model", "image_size")}
     folds, seeds = ({getattr(run, name) for run in runs} - {None} for name in ("fold", "seed"))
     tested = {
@@ -333,7 +337,7 @@ def figure5b(report: Report) -> Curves:
     for task in headline(report) if len(shares) > 1 else ():
         for condition, of in report["arms"].items():
             line = title(condition.partition(f", {of['real_share']:.4g} of")[0])
-            count = of["real_images"]  # whole patients of each class: not just that share of all images
+            count = of["real_images"][task]  # whole patients of each class: not just that share of all images
             curves.setdefault(task, {}).setdefault(line, []).append((count, of[f"auc {task}"]))
     return {
         task: {line: sorted(points, key=lambda point: point[0]) for line, points in of.items()}

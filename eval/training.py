@@ -24,6 +24,7 @@ from eval.leakage import CONFIG, INPUTS
 from tiger import checkpoint
 from tiger.errors import InputError, WorkFailed
 from tiger.files import atomic_path, read_json, write_json
+from tiger.knowledge import knowledge_path
 from tiger.manifest import Manifest
 from tiger.shards import content_hash
 
@@ -122,31 +123,36 @@ def load_state(folder: Path, net: nn.Module, optimizer: torch.optim.Optimizer, g
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def begin(args: argparse.Namespace, rows: Manifest) -> bool:
-    """Note in `args.output_dir` the flags and the training rows of a net, as `eval.leakage` reads them; on a dry run
-    nothing is written. Returns whether the net is finished there.
-
-    Raises InputError where a number is out of its range, and where the folder has a net of other flags or rows.
-    """
+def refuse_numbers(args: argparse.Namespace) -> None:
+    """Raise InputError where a number of a training's flags is out of its range."""
     refuse_below(args, max_train_steps=1, train_batch_size=1, resolution=1, width=1, seed=0)
     if args.learning_rate is not None and not 0 < args.learning_rate < math.inf:
         raise InputError(f"--learning_rate {args.learning_rate}: must be a number above 0")
+
+
+def begin(args: argparse.Namespace, rows: Manifest, held_out: Manifest) -> bool:
+    """Note in `args.output_dir` a net's flags and what it is trained and measured on, as `eval.leakage` reads them; not
+    on a dry run. Returns whether the net is finished there.
+
+    Raises InputError where the folder has a net, or a checkpoint of one, of other flags or rows.
+    """
     folder = Path(args.output_dir)
     left_out = ("mode", "output_dir", "dry_run")
     config = {name: value for name, value in vars(args).items() if name not in left_out} | {"split": "train"}
-    files = {row.file_name: content_hash(rows.file(row, "file_name")) for row in rows.rows}
-    inputs = {"files": files, "rows": hashlib.sha256(repr(rows.rows).encode()).hexdigest()}
-    if (folder / CONFIG).is_file():
-        old = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        changed = [
-            f"{name} was {old.get(name)}, is {value}" for name, value in config.items() if old.get(name) != value
-        ]
-        if read_json(folder / INPUTS) != inputs:
-            changed.append(f"the training rows of {rows.path} have changed")
+    inputs = {
+        "files": {row.file_name: content_hash(rows.file(row, "file_name")) for row in rows.rows},
+        "rows": _digest_of(rows),
+        "test": _digest_of(held_out),
+        "knowledge": content_hash(knowledge_path(args.knowledge)),
+    }
+    if (folder / METRICS).is_file() or (folder / "config.json").is_file() or checkpoint.checkpoints(folder):
+        old = read_json(folder / INPUTS) if (folder / INPUTS).is_file() else {}
+        if "rows" not in old or not (folder / CONFIG).is_file():
+            raise InputError(f"{folder} holds a net that does not say how it was trained; give another --output_dir")
+        changed = _changed(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")), config)
+        changed += [f"other {name} than before" for name in inputs if old[name] != inputs[name]]
         if changed:
             raise InputError(f"{folder} holds another training: {'; '.join(changed)}; give another --output_dir")
-    elif (folder / "config.json").exists():
-        raise InputError(f"{folder} holds a net that does not say how it was trained; give another --output_dir")
     if (folder / METRICS).is_file():
         print(f"{folder} holds the finished net: nothing to do")
         return True
@@ -157,11 +163,31 @@ def begin(args: argparse.Namespace, rows: Manifest) -> bool:
     return False
 
 
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`name was old, is new` of flags that differ, paths by where they lead."""
+
+    def meant(name: str, value: Any) -> Any:
+        return Path(value).resolve() if value and name in ("data_dir", "pretrained_model") else value
+
+    named = [(name, old.get(name), value) for name, value in new.items()]
+    return [f"{name} was {was}, is {value}" for name, was, value in named if meant(name, was) != meant(name, value)]
+
+
+def _digest_of(rows: Manifest) -> str:
+    """Changes with any row, and with any image or mask."""
+    hashed = hashlib.sha256(repr(rows.rows).encode())
+    for row in rows.rows:
+        for column in ("file_name", "condition_fg"):
+            if getattr(row, column) is not None:
+                hashed.update(content_hash(rows.file(row, column)).encode())
+    return hashed.hexdigest()
+
+
 def finish(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """Write a net's metrics beside it, by which it is finished, and drop its checkpoints."""
-    write_json(folder / METRICS, metrics)
+    """Drop a net's checkpoints, and write its metrics beside it, by which it is finished."""
     for old in checkpoint.checkpoints(folder):
         shutil.rmtree(old)
+    write_json(folder / METRICS, metrics)
 
 
 def warmup_cosine(step: int, steps: int) -> float:

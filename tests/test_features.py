@@ -316,7 +316,7 @@ def test_in_domain_attribute_judge(tmp_path: Path) -> None:
     extractor = features.load_extractor(str(tmp_path))
     pictures = np.random.default_rng(0).integers(0, 255, (2, 32, 32)).astype(np.uint8)
     found = torch.from_numpy(extractor(pictures))
-    stored = judges.load_attribute_net(tmp_path)
+    stored = judges.load_attribute_net(tmp_path).cpu()
     with torch.inference_mode():
         expected = stored(judges.normalise(torch.from_numpy(pictures)))[0]["halo"]
         np.testing.assert_allclose(stored.heads["halo"](found).numpy(), expected.numpy(), rtol=1e-3, atol=1e-4)

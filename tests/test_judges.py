@@ -1,6 +1,7 @@
 """The judge nets: they learn, are stored and loaded, and answer for the image alone."""
 
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -9,9 +10,11 @@ import pytest
 import scipy.fft
 import torch
 from eval_samples import PLACES, write_dataset
+from PIL import Image
 from safetensors.torch import load_file
 
 from eval import attributes, clip_train, judges, segment, training
+from tiger import manifest
 from tiger.errors import InputError, run
 from tiger.files import read_json
 
@@ -73,6 +76,8 @@ def test_a_training_that_was_killed_ends_bit_equal(
         rotate(folder, keep=keep, newest=newest)
 
     monkeypatch.setattr(training.checkpoint, "rotate", killed)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "config.yaml").write_text("max_train_steps: 5")  # of a training that came to no checkpoint
     with pytest.raises(KeyboardInterrupt):
         module.main(given("cut"))
     assert not (tmp_path / "cut" / "metrics.json").exists()
@@ -89,8 +94,19 @@ def test_a_training_that_was_killed_ends_bit_equal(
     assert {path.name for path in (tmp_path / "cut").iterdir()} == {
         path.name for path in (tmp_path / "whole").iterdir()
     }
-    module.main(given("cut"))
+    monkeypatch.chdir(tmp_path)
+    there = given("cut")
+    there[there.index(str(data))] = os.path.relpath(data)
+    module.main(there)
     assert "cut holds the finished net: nothing to do" in capsys.readouterr().out
+    mask = data / str(manifest.read(data).select(split="train").rows[0].condition_fg)
+    redrawn = mask.read_bytes()
+    Image.fromarray(np.full((32, 32), 255, np.uint8)).save(mask)
+    with pytest.raises(
+        InputError, match="cut holds another training: other rows than before; give another --output_dir"
+    ):
+        module.main(given("cut"))
+    mask.write_bytes(redrawn)
     (tmp_path / "cut" / "config.yaml").unlink()
     with pytest.raises(InputError, match="holds a net that does not say how it was trained"):
         module.main(given("cut"))
@@ -103,6 +119,8 @@ def test_a_training_that_was_killed_ends_bit_equal(
         (["--train_batch_size", "0"], "--train_batch_size 0: must be 1 or more"),
         (["--learning_rate", "0"], "--learning_rate 0.0: must be a number above 0"),
         (["--seed", "-1"], "--seed -1: must be 0 or more"),
+        (["--resolution", "0"], "--resolution 0: must be 1 or more"),
+        (["--width", "-8"], "--width -8: must be 1 or more"),
     ],
 )
 @pytest.mark.parametrize("module", [segment, attributes, clip_train])
@@ -120,7 +138,7 @@ def test_saved_and_loaded_judges_agree(net: torch.nn.Module, tmp_path: Path) -> 
     net.half().float().eval()  # what fp16 can hold
     judges.save_judge(net, tmp_path)  # pyright: ignore[reportArgumentType]
     load = judges.load_segmenter if isinstance(net, judges.Segmenter) else judges.load_attribute_net
-    loaded = load(tmp_path)
+    loaded = load(tmp_path).cpu()
     assert not loaded.training
     for (name, a), (_, b) in zip(net.state_dict().items(), loaded.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
