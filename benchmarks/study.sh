@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The evidence on the phantom: does it help, against what, and how surely? Three generators, every arm, five classifier
-# seeds; then how much it depends on the numbers of synthetic and real images, and on what the generator was trained
-# on. Hours on 2 cores. Any command that was interrupted goes on where it was; run it again.
+# The evidence on the phantom: does it help, against what, and how surely? Every arm, three generators and five of two
+# arms, five classifier seeds; then how much it depends on the numbers of synthetic and real images, and on what the
+# generator was trained on. A day on 2 cores. Any command that was interrupted goes on where it was; run it again.
 #
 #   bash benchmarks/study.sh                         # → runs/study/classify/*.json and runs/study/tables
 #   bash benchmarks/study.sh runs/another
@@ -10,7 +10,7 @@
 # Start a second process once all images are drawn: what comes before the classifiers is for one process.
 #
 # 24 training images of each rare class, 2,400 test images. The share of synthetic images (nine in ten) and their number
-# were chosen on the quickstart's data, which are others.
+# were chosen on the quickstart's data, which are others; how much emphasis, on these.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -31,30 +31,32 @@ generate() { # generate MODEL DATA IMAGES OUTPUT SEED FLAGS...: so many images o
 }
 
 sets=()
-for seed in 0 1 2; do
+for seed in 0 1 2 3 4; do
     train pretrain data assets/tiny-base "coarse$seed" "$seed"
     train finetune data "$R/coarse$seed" "fine$seed" "$seed"
     # Stable Diffusion with one ControlNet, of the mask, which reads the words on the lesion: no second encoder, no fusion,
     # no term weights. Trained by the same losses as Tiger-F, so that the lesion weighs as much as the rest together.
     train finetune data "$R/coarse$seed" "controlnet$seed" "$seed" \
         --term_weighting off --fusion sum --bg_dropout 0.999 --fg_dropout 0
+    # What if the rare classes' prompts name more often what sets them apart? The same prompts of the others.
+    generate "fine$seed" data 400 "emphasised$seed" "$seed" --emphasis 0.5
+    generate "controlnet$seed" data 400 "sd_controlnet$seed" "$seed" --branches fg
+    sets+=("emphasised_$seed=$R/emphasised$seed" "sd_controlnet_$seed=$R/sd_controlnet$seed")
+done
+for seed in 0 1 2; do # the other arms
     generate "fine$seed" data 400 "tiger_f$seed" "$seed"
     generate "fine$seed" data 400 "tiger_n$seed" "$seed" --prompts names
     generate "fine$seed" data 400 "coarse_images$seed" "$seed" --fg_scale 0 --bg_scale 0 # the coarse U-Net alone
-    generate "controlnet$seed" data 400 "sd_controlnet$seed" "$seed" --branches fg
     # What would drawing exactly what Tiger-F was asked for give?
     python -m benchmarks.ceiling requests --fake "$R/tiger_f$seed" --output_dir "$R/perfect$seed" --seed "$seed"
     # What if the knowledge base's frequencies were wrong by up to 30 %?
     python -m benchmarks.perturb --by 0.3 --seed "$seed" "$R/thyroid-$seed.yaml"
     generate "fine$seed" data 400 "perturbed$seed" "$seed" --knowledge "$R/thyroid-$seed.yaml"
-    # What if the rare classes' prompts name more often what sets them apart? The same prompts of the others.
-    generate "fine$seed" data 400 "emphasised$seed" "$seed" --emphasis 0.5
     generate "controlnet$seed" data 400 "sd_emphasised$seed" "$seed" --branches fg --emphasis 0.5
     generate "fine$seed" data 400 "coarse_emphasised$seed" "$seed" --fg_scale 0 --bg_scale 0 --emphasis 0.5
     python -m benchmarks.ceiling requests --fake "$R/emphasised$seed" --output_dir "$R/perfect_emphasised$seed" --seed "$seed"
     generate "fine$seed" data 400 "perturbed_emphasised$seed" "$seed" --knowledge "$R/thyroid-$seed.yaml" --emphasis 0.5
-    for arm in tiger_f tiger_n sd_controlnet perfect perturbed \
-        emphasised sd_emphasised coarse_emphasised perfect_emphasised perturbed_emphasised; do
+    for arm in tiger_f tiger_n perfect perturbed sd_emphasised coarse_emphasised perfect_emphasised perturbed_emphasised; do
         sets+=("${arm}_$seed=$R/$arm$seed")
     done
     sets+=("coarse_$seed=$R/coarse_images$seed")
