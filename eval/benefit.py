@@ -209,7 +209,7 @@ def operating_table(report: Mapping[str, Any], task: str, text: str, names: Mapp
             fit = of[f"hosmer_lemeshow {task}"]
             cells = [cell(of[f"{name} {task}"]) for name in OPERATING]
             rows.append([escape(names[arm]), *cells, stacked(number(fit["chi2"]), f"p {p_value(fit['p'])}")])
-    medians = stacked("Hosmer–Lemeshow χ²", "median, p twice its median")
+    medians = stacked("Hosmer–Lemeshow χ²", "one image a patient; medians, p doubled")
     head = ["arm", *map(escape, OPERATING.values()), medians]
     return f"<h3>{escape(text[0].upper() + text[1:])} at the threshold</h3>" + table(head, rows)
 

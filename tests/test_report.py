@@ -195,7 +195,7 @@ def test_text_says_how_far_figures_reach(page: Page) -> None:
     assert "Each class is drawn equally often, but from real images as they are: there as often as" in page.text
     assert page.text.count("24 rows do not say which model made them") == 3  # of quality, control and benefit
     assert page.text.count("Not checked for leaks: ") >= 3
-    assert "Hosmer–Lemeshow χ²one image a patient; medians" in page.text
+    assert "Hosmer–Lemeshow χ²one image a patient; medians, p doubled" in page.text
     assert "10 degrees of freedom, as many as groups, as the net was fitted on other cases" in page.text
     assert "cases of equal risk share their outcomes" in page.text
     assert "Brier, of the positive class ↓" in page.text and "Brier, summed over the classes ↓" in page.text
