@@ -22,7 +22,6 @@ both on what `python -m data.prepare subsample` leaves.
 import argparse
 import functools
 import json
-import math
 import shlex
 import sys
 from collections import defaultdict
@@ -35,7 +34,7 @@ from typing import Any
 from eval import arms, figures, runs
 from eval.arms import AUGMENTATIONS, PLAIN, POLICIES, UPPER
 from eval.classifier import MODELS, Recipe
-from eval.images import name_rows, refuse_below
+from eval.images import name_rows, refuse_below, refuse_learning_rate
 from eval.leakage import said, unknown_weights
 from eval.runs import SHARES, Study
 from eval.sources import (
@@ -169,8 +168,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.folds is not None and args.folds < 1:
         raise InputError(f"--folds {args.folds}: must be 1 or more; leave it out to use the splits")
     refuse_below(args, image_size=8, max_train_steps=1, train_batch_size=1, realism_steps=1, resamples=2)
-    if not 0 < args.learning_rate < math.inf:
-        raise InputError(f"--learning_rate {args.learning_rate}: must be a number above 0")
+    refuse_learning_rate(args.learning_rate)
     if min(args.seeds, default=0) < 0:
         raise InputError(f"--seeds {args.seeds}: must be 0 or more")
     if not (args.seeds and args.real_share):

@@ -1,6 +1,7 @@
 """Manifest rows -> arrays in memory, for everything in `eval/` that looks at pixels."""
 
 import argparse
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def refuse_below(args: argparse.Namespace, **least: int) -> None:
     for name, fewest in least.items():
         if (value := getattr(args, name)) is not None and value < fewest:
             raise InputError(f"--{name} {value}: must be {fewest} or more")
+
+
+def refuse_learning_rate(value: float) -> None:
+    """Raise InputError unless the flag's value is a finite number above 0."""
+    if not 0 < value < math.inf:
+        raise InputError(f"--learning_rate {value}: must be a number above 0")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eval.images import refuse_below
+from eval.images import refuse_below, refuse_learning_rate
 from eval.leakage import CONFIG, INPUTS
 from tiger import checkpoint
+from tiger.config import differs
 from tiger.errors import InputError, WorkFailed
 from tiger.files import atomic_path, read_json, write_json
 from tiger.knowledge import knowledge_path
@@ -126,8 +127,8 @@ def load_state(folder: Path, net: nn.Module, optimizer: torch.optim.Optimizer, g
 def refuse_numbers(args: argparse.Namespace) -> None:
     """Raise InputError where a number of a training's flags is out of its range."""
     refuse_below(args, max_train_steps=1, train_batch_size=1, resolution=1, width=1, seed=0)
-    if args.learning_rate is not None and not 0 < args.learning_rate < math.inf:
-        raise InputError(f"--learning_rate {args.learning_rate}: must be a number above 0")
+    if args.learning_rate is not None:
+        refuse_learning_rate(args.learning_rate)
 
 
 def begin(args: argparse.Namespace, rows: Manifest, held_out: Manifest) -> bool:
@@ -140,16 +141,18 @@ def begin(args: argparse.Namespace, rows: Manifest, held_out: Manifest) -> bool:
     left_out = ("mode", "output_dir", "dry_run")
     config = {name: value for name, value in vars(args).items() if name not in left_out} | {"split": "train"}
     inputs = {
-        "files": {row.file_name: content_hash(rows.file(row, "file_name")) for row in rows.rows},
-        "rows": _digest_of(rows),
-        "test": _digest_of(held_out),
+        "files": _hashes(rows, "file_name"),
+        "rows": _digest(rows.rows, _hashes(rows, "condition_fg")),
+        "test": _digest(held_out.rows, _hashes(held_out, "file_name"), _hashes(held_out, "condition_fg")),
         "knowledge": content_hash(knowledge_path(args.knowledge)),
     }
     if (folder / METRICS).is_file() or (folder / "config.json").is_file() or checkpoint.checkpoints(folder):
         old = read_json(folder / INPUTS) if (folder / INPUTS).is_file() else {}
         if "rows" not in old or not (folder / CONFIG).is_file():
             raise InputError(f"{folder} holds a net that does not say how it was trained; give another --output_dir")
-        changed = _changed(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")), config)
+        was = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        named = [(name, was.get(name), value) for name, value in config.items()]
+        changed = [f"{name} was {before}, is {value}" for name, before, value in named if differs(name, before, value)]
         changed += [f"other {name} than before" for name in inputs if old[name] != inputs[name]]
         if changed:
             raise InputError(f"{folder} holds another training: {'; '.join(changed)}; give another --output_dir")
@@ -163,24 +166,13 @@ def begin(args: argparse.Namespace, rows: Manifest, held_out: Manifest) -> bool:
     return False
 
 
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`name was old, is new` of flags that differ, paths by where they lead."""
-
-    def meant(name: str, value: Any) -> Any:
-        return Path(value).resolve() if value and name in ("data_dir", "pretrained_model") else value
-
-    named = [(name, old.get(name), value) for name, value in new.items()]
-    return [f"{name} was {was}, is {value}" for name, was, value in named if meant(name, was) != meant(name, value)]
+def _hashes(rows: Manifest, column: str) -> dict[str, str]:
+    """Image -> hash of the file that its row has in a column, of rows that have one."""
+    return {row.file_name: content_hash(rows.file(row, column)) for row in rows.rows if getattr(row, column)}
 
 
-def _digest_of(rows: Manifest) -> str:
-    """Changes with any row, and with any image or mask."""
-    hashed = hashlib.sha256(repr(rows.rows).encode())
-    for row in rows.rows:
-        for column in ("file_name", "condition_fg"):
-            if getattr(row, column) is not None:
-                hashed.update(content_hash(rows.file(row, column)).encode())
-    return hashed.hexdigest()
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def finish(folder: Path, metrics: Mapping[str, Any]) -> None:

@@ -431,6 +431,6 @@ def free_length(config: Any) -> set[str]:
 
 def differs(name: str, old: Any, new: Any) -> bool:
     """Whether a setting changed; two spellings of one path are the same."""
-    if name in PATHS:
+    if name in PATHS and old and new:
         return old != new and Path(old).resolve() != Path(new).resolve()
     return old != new
