@@ -44,6 +44,7 @@ OVERALL = {
     "kappa": "kappa",
     "brier": "Brier, summed over the classes ↓",
 }
+OF_ALL = {"macro_auc": "all classes (macro)", "balanced_accuracy": "balanced accuracy"}
 FEW = 6  # conditions of which every pair is shown
 POLICIES = {
     "share": "puts {share} synthetic images into every class of each batch",
@@ -142,8 +143,7 @@ def real_upper_text(report: Mapping[str, Any]) -> str:
 
 def auc_table(report: Mapping[str, Any], titles: Mapping[str, str], names: Mapping[str, str]) -> str:
     """Arms by tasks: AUC, its DeLong interval, and AUC on valid."""
-    overall = {"macro_auc": "all classes (macro)", "balanced_accuracy": "balanced accuracy"}
-    shown = {name: text for name, text in overall.items() if any(name in of for of in report["arms"].values())}
+    shown = {name: text for name, text in OF_ALL.items() if any(name in of for of in report["arms"].values())}
     rows = []
     for arm, of in report["arms"].items():
         cells = [auc_cell(of, task) for task in titles]
@@ -167,7 +167,7 @@ def pairs_table(report: Mapping[str, Any]) -> str:
     """Differences between arms in AUC and balanced accuracy with their tests: of all arms, or where there are many, to
     the baseline. The report has those of the other figures.
     """
-    shown = [*(f"auc {task}" for task in headline(report)), "macro_auc", "balanced_accuracy"]
+    shown = [*(f"auc {task}" for task in headline(report)), *OF_ALL]
     tested = [entry for entry in report["comparisons"] if entry["figure"] in shown]
     found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for entry in tested:
@@ -192,7 +192,7 @@ def pairs_table(report: Mapping[str, Any]) -> str:
     tests = ", ".join(dict.fromkeys(f"{entry['test']}" for entry in tested))
     text = f"Paired on the same patients and seeds. p: {tests}; adjusted after Holm over all pairs of arms in a column."
     text += " The tests of further figures are in report.json."
-    head = ["", *(escape(name.removeprefix("auc ").replace("_", " ").replace(" vs ", " against ")) for name in shown)]
+    head = ["", *(escape(OF_ALL.get(name, name.removeprefix("auc ").replace(" vs ", " against "))) for name in shown)]
     return f"<h3>Differences between arms</h3><p>{escape(text)}</p>" + table(head, rows)
 
 
