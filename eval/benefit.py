@@ -189,8 +189,9 @@ def pairs_table(report: Mapping[str, Any]) -> str:
         ]
         for (arm, against), of in found.items()
     ]
-    tests = ", ".join(dict.fromkeys(f"{entry['test']}" for entry in tested))
-    text = f"Paired on the same patients and seeds. p: {tests}; adjusted after Holm over all pairs of arms in a column."
+    tests = " or ".join(dict.fromkeys(f"{entry['test']}" for entry in tested))
+    text = f"Paired on the same patients and seeds. p, of AUC between two classes or of the other figures: {tests}. "
+    text += "Holm: p adjusted over all pairs of arms in a column."
     text += " The tests of further figures are in report.json."
     head = ["", *(escape(OF_ALL.get(name, name.removeprefix("auc ").replace(" vs ", " against "))) for name in shown)]
     return f"<h3>Differences between arms</h3><p>{escape(text)}</p>" + table(head, rows)
@@ -252,8 +253,8 @@ def curves(results: Results, titles: Mapping[str, str], names: Mapping[str, str]
         f"ROC curves of every arm for {tasks}",
     ) + image(
         charts.calibration_chart(calibration),
-        "Calibration on the test split: ten groups of equal size by probability. Balanced batches shift probabilities "
-        f"of rare classes up. {link}",
+        "Calibration on the test split: ten groups of equal size by probability. On the diagonal, as many are positive "
+        f"as the net says; above it, more. {link}",
         f"Calibration curves of every arm for {tasks}",
     )
 

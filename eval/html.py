@@ -66,8 +66,13 @@ def cell(entry: Mapping[str, float], *notes: str) -> str:
 def difference(entry: Mapping[str, float], *notes: str) -> str:
     """The same of a difference: "+0.025", below it "[+0.002, +0.048]"."""
     value, low, high = (entry[name] for name in ("value", "low", "high"))
-    value, low, high = ("–" if one is None or one != one else f"{one:+.3f}" for one in (value, low, high))
+    value, low, high = ("–" if one is None or one != one else signed(one) for one in (value, low, high))
     return stacked(value, f"[{low}, {high}]", *notes)
+
+
+def signed(value: float) -> str:
+    """0.0254 -> "+0.025", -0.0001 -> "0.000"."""
+    return f"{value:+.3f}" if abs(value) >= 0.0005 else "0.000"
 
 
 def stacked(value: str, *notes: str) -> str:

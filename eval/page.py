@@ -68,7 +68,7 @@ def page(results: Results, figures: Mapping[str, Any], title: str) -> str:
     links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in shown)
     machine = figures["machine"]
     made_on = f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}"
-    commits = {entry["commit"] for entry in results.commands}
+    commits = {entry["commit"] for entry in results.commands if entry["seconds"] is not None}
     code = "; its stages ran at different commits of the code, see Commands" if len(commits) > 1 else ""
     if len(commits) == 1 and (commit := commits.pop()):
         code = f"; code at {commit[:12]}"
@@ -287,12 +287,12 @@ def commands_section(results: Results) -> str:
     """What made each figure, how long it took, and what made the nets that ship with the code."""
     if not results.commands and not results.shipped:
         return ""
-    total = sum(entry["seconds"] for entry in results.commands)
+    total = sum(entry["seconds"] or 0 for entry in results.commands)
     rows = [
         [
             escape(entry["title"]),
             number(entry["seconds"]),
-            f"{entry['seconds'] / max(1, total):.0%}",
+            "–" if entry["seconds"] is None else f"{entry['seconds'] / max(1, total):.0%}",
             f"<code>{escape(entry['commit'][:12]) or '–'}</code>",
         ]
         for entry in results.commands
@@ -302,7 +302,7 @@ def commands_section(results: Results) -> str:
     return section(
         "commands",
         "Commands and time",
-        times if rows else "",
+        times if total else "",
         *map(command_text, results.commands),
         before if results.shipped else "",
         *map(command_text, results.shipped),

@@ -36,7 +36,7 @@ class Results:
     quality: dict[str, Any] | None
     control: dict[str, Any] | None
     classify: dict[str, Any] | None
-    commands: list[dict[str, Any]]  # output, title, seconds, command, commit of the code (empty: unknown)
+    commands: list[dict[str, Any]]  # output, title, seconds (or None), command, commit of the code (empty: unknown)
     shipped: list[dict[str, str]]  # output, title, command of what the run used and did not make
     losses: dict[str, dict[str, Curve]]  # stage -> name -> steps, values
 
@@ -52,14 +52,26 @@ def read_results(folder: Path) -> Results:
     def rows(name: str) -> Manifest | None:
         return manifests.read(folder / name) if (folder / name / "metadata.jsonl").is_file() else None
 
-    real, commands, control = rows("data"), result("commands.json") or [], result("control.json")
+    real, control = rows("data"), result("control.json")
+    quality, classify = result("quality.json"), result("classify/report.json")
+    commands = result("commands.json") or []
+    noted = {entry["output"] for entry in commands}
+    commands += [
+        {"output": output, "title": title, "seconds": None, "command": of["command"], "commit": ""}
+        for output, title, of in (
+            ("quality.json", "image quality", quality),
+            ("control.json", "control", control),
+            ("classify", "benefit", classify),
+        )
+        if of is not None and output not in noted and "command" in of
+    ]
     found = Results(
         folder=folder,
         real=real,
         fake=rows("generated"),
-        quality=result("quality.json"),
+        quality=quality,
         control=control,
-        classify=result("classify/report.json"),
+        classify=classify,
         commands=commands,
         shipped=shipped(commands, control, real),
         losses={

@@ -1,6 +1,6 @@
 """Tiny random models, made offline, in the layouts that Tiger has to support."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from tiger.tokenizer import build_clip_tokenizer
 
 TEXT_WIDTH = 16
 LAYOUTS = ("sd15", "sd21", "tiny")
+COUNTS_FLOPS = ("test_flops", "test_fine", "test_train_step")
 
 
 def make_unet(layout: str, seed: int = 0) -> UNet2DConditionModel:
@@ -92,6 +93,18 @@ def awaken(model: DualControlNet, seed: int = 3) -> DualControlNet:
             if not parameter.any():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def uncounted_flops(request: pytest.FixtureRequest) -> Iterator[None]:
+    """To count a step's FLOPs, as each training does first, takes seconds: more than a tiny model's steps.
+
+    Processes that tests start count theirs.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in COUNTS_FLOPS:
+            patch.setattr("tiger.flops.count", lambda run, modules: 10**9)
+        yield
 
 
 @pytest.fixture(params=LAYOUTS)

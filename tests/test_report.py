@@ -16,7 +16,7 @@ from PIL import Image
 
 from eval import charts, classify, control, figures, quality, report
 from eval.benefit import benefit_section
-from eval.html import bracket, number
+from eval.html import bracket, difference, number
 from eval.judges import AttributeNet, Segmenter, save_judge
 from eval.page import control_section, quality_section
 from eval.results import PICTURE, read_results
@@ -187,7 +187,7 @@ def test_text_says_how_far_figures_reach(page: Page) -> None:
     assert "mean of 2 training seeds" in page.text
     assert "It covers the choice of test patients and the seeds" in page.text
     assert "puts 25% synthetic images into every class of each batch" in page.text
-    assert "Differences between arms" in page.text and "adjusted after Holm" in page.text
+    assert "Differences between arms" in page.text and "Holm: p adjusted over all pairs" in page.text
     assert "resnet18 on images of 32 px, trained for 1 steps on " in page.text
     assert "Further real images are fewer than synthetic ones (FTC 6 of 12)" in page.text
     assert "60% of benign, 60% of FTC in a batch" in page.text  # 12 of 20 and 6 of 10
@@ -239,6 +239,10 @@ def test_classes_that_were_left_out_are_named(folder: Path) -> None:
     assert "Left out, for too few images: MTC: 1 real images" in section
 
 
+def test_a_difference_has_its_sign_and_none_where_it_is_nothing() -> None:
+    assert difference({"value": -0.0004, "low": -0.0254, "high": 0.0246}).startswith("0.000<br><small>[-0.025, +0.025]")
+
+
 def test_commits_are_those_of_the_stages(folder: Path, page: Page, tmp_path: Path) -> None:
     assert "stages ran at different commits" in page.text
     assert 12 * "a" in page.text and 12 * "b" in page.text
@@ -275,7 +279,8 @@ def test_parts_that_are_missing_are_left_out(folder: Path, tmp_path: Path) -> No
     report.main(["--run", str(tmp_path)])
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "quality" in page.ids
-    assert not {"benefit", "control", "samples", "commands"} & page.ids
+    assert not {"benefit", "control", "samples"} & page.ids
+    assert "made-quality.json" in page.ids  # a result says what made it, where no quickstart noted it
 
 
 @pytest.mark.parametrize("name", ["nowhere", "."])

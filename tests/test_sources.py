@@ -274,7 +274,7 @@ def test_isic_2018_and_2019_together(tmp_path: Path, capsys: pytest.CaptureFixtu
 # ------------------------------------------------------------------------------------------------------------ generic
 
 
-def test_folder_with_mapped_columns(tmp_path: Path):
+def test_folder_with_mapped_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for patient in ("p1", "p2"):
         save(tmp_path / "in" / patient / "view.png", speckle(1, 40, 48))
     save(tmp_path / "in" / "annotations" / "first.png", mask(5))
@@ -284,6 +284,7 @@ def test_folder_with_mapped_columns(tmp_path: Path):
     )  # fmt: skip
     columns = ("--columns", "file_name=Image", "label=Dx", "patient_id=Case", "mask=Outline")
     assert build("folder", tmp_path, "--table", "list.csv", *columns, "--labels", "ca=PTC") == 0
+    assert "no mask was given for 1 of 2 images: images/p2_view.png\n" in capsys.readouterr().out
     rows = rows_of(tmp_path, "thyroid")
     assert (rows["p1_view"].label, rows["p1_view"].patient_id) == ("PTC", "1")
     assert rows["p1_view"].condition_fg == "condition_fg/p1_view.png" and rows["p2_view"].condition_fg is None

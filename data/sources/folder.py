@@ -40,7 +40,7 @@ from tiger.errors import InputError
 from tiger.knowledge import Knowledge
 from tiger.manifest import Row, column_problem
 
-MOST_NAMED = 8  # unknown labels that an error names
+MOST_NAMED = 8  # unknown labels, or images, that a message names
 Picture = Path | str | bytes  # a file below the input folder, or the content of one
 
 
@@ -89,7 +89,12 @@ def build(
             highest.append(brightest_of(record, input_dir))
         refuse_unknown(given, labels or {}, knowledge, input_dir)
         white = white_level(highest)
-        return collect_rows(row, list(enumerate(range(len(records)), 2)), "folder", input_dir)
+        rows = collect_rows(row, list(enumerate(range(len(records)), 2)), "folder", input_dir)
+    bare = [row.file_name for row in rows if row.condition_fg is None]
+    if 0 < len(bare) < len(rows):
+        named = ", ".join(bare[:MOST_NAMED]) + (", …" if len(bare) > MOST_NAMED else "")
+        tqdm.write(f"no mask was given for {len(bare)} of {len(rows)} images: {named}")
+    return rows
 
 
 def refuse_unknown(given: Counter[str], labels: Names, knowledge: Knowledge, where: Path) -> None:
