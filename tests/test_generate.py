@@ -411,6 +411,11 @@ def test_dry_run_makes_nothing(data: Manifest, model: str, tmp_path: Path, capsy
     generate.main(arguments(data, model, tmp_path / "new", "--count", "FTC=5", "--dry_run", "true"))
     out = capsys.readouterr().out
     assert "5 of 5 images would be made" in out and "at most 61 kB" in out  # 5 × 3 pictures of 64² bytes
+    assert "--resolution" not in out
+    generate.main(
+        arguments(data, model, tmp_path / "new", "--count", "FTC=5", "--dry_run", "true", "--resolution", "128")
+    )
+    assert f"--resolution 128: the model was trained at {SIZE} px" in capsys.readouterr().out
     assert not (tmp_path / "new").exists()
 
 

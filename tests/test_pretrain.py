@@ -17,11 +17,12 @@ from conftest import LAYOUTS
 from diffusers import DiffusionPipeline
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from training_samples import differing, flags, save_base, save_data
+from training_samples import SIDE, differing, flags, save_base, save_data
 
 from tiger import finetune, pretrain
 from tiger.components import load_components
 from tiger.errors import InputError, WorkFailed, run
+from tiger.generate import model_resolution
 
 ROOT = Path(__file__).resolve().parents[1]
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -364,6 +365,13 @@ def test_class_balance_without_labels_fails_before_anything_is_loaded(bases, tmp
 def test_wrong_splits_and_sizes(bases, data, tmp_path):
     assert "no row has split 'test'; there are train, valid" in refused(bases["tiny"], data, tmp_path, split="test")
     assert "--resolution 50: this base needs a multiple of 32" in refused(bases["tiny"], data, tmp_path, resolution=50)
+
+
+def test_a_model_says_at_which_size_it_was_trained(bases, data, tmp_path):
+    coarse, fine = tmp_path / "coarse", tmp_path / "fine"
+    train(bases["tiny"], data, coarse, max_train_steps=1, resolution=32)
+    finetune.main(flags(pretrained_model=coarse, data_dir=data, output_dir=fine, max_train_steps=1))
+    assert [model_resolution(str(folder)) for folder in (bases["tiny"], coarse, fine)] == [SIDE, 32, 32]
 
 
 def test_a_patient_in_two_splits_is_refused(bases, tmp_path):

@@ -287,7 +287,7 @@ class GenerationConfig:
         fg_scale: factor on the foreground encoder's residuals
         bg_scale: factor on the background encoder's residuals
         strength: refine: share of the noise schedule a real image goes through, 0..1; default: 0.6
-        resolution: image side in pixels; default: what the model was made for
+        resolution: image side in pixels; default: what the model was trained at
         batch_size: images per forward pass, all of one class; images are byte-equal only for equal batch sizes, so a
             class's last batch is filled up and what is not asked for is dropped
         dtype: number format of the networks; bfloat16 is for GPUs

@@ -134,7 +134,7 @@ def check_sampler(config: GenerationConfig) -> None:
 
 
 def model_resolution(model: str) -> int:
-    """Image side in pixels that a diffusers folder was made for."""
+    """Image side in pixels that a model was trained at."""
     latents = read_json(Path(model) / "unet" / "config.json")["sample_size"]
     levels = len(read_json(Path(model) / "vae" / "config.json")["block_out_channels"])
     return latents * 2 ** (levels - 1)
@@ -278,6 +278,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     check_model(config.model)
     check_sampler(config)
+    if config.resolution and config.resolution != (side := model_resolution(config.model)):
+        print(f"--resolution {config.resolution}: the model was trained at {side} px and draws best there")
     settings = {
         **{name: value for name, value in asdict(config).items() if name not in FREE},
         "model_hash": model_fingerprint(config.model),

@@ -96,6 +96,8 @@ def launch(
         "images a step": images_per_step(config), "precision": accelerator.mixed_precision
     }  # fmt: skip
     check_inputs(output_dir, inputs)
+    # What is saved says what it was trained at: generation.py and diffusers draw at that unless told otherwise.
+    components.unet.register_to_config(sample_size=resolution // components.vae_scale_factor)
     torch.manual_seed(config.seed)  # for what the stage adds to the base
     stage = make_stage(config, components, list(shown), knowledge, accelerator)  # type: ignore[arg-type]
     work = stage.flops(resolution) if accelerator.is_main_process else None
