@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.images import HelpFormatter, add_knowledge, load_images, load_masks, name_rows, read_split
+from eval.images import HelpFormatter, add_knowledge, load_images, load_masks, read_split
 from eval.judges import AttributeNet, load_attribute_net, normalise, predict_attributes, save_judge
 from eval.training import begin, device, finish, fit, refuse_numbers, shift
-from tiger.errors import InputError, run
+from tiger.errors import InputError, name_rows, run
 from tiger.files import write_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest

@@ -189,10 +189,9 @@ def pairs_table(report: Mapping[str, Any]) -> str:
         ]
         for (arm, against), of in found.items()
     ]
-    tests = " or ".join(dict.fromkeys(f"{entry['test']}" for entry in tested))
+    tests = " or ".join(dict.fromkeys(entry["test"] for entry in tested))
     text = f"Paired on the same patients and seeds. p, of AUC between two classes or of the other figures: {tests}. "
-    text += "Holm: p adjusted over all pairs of arms in a column."
-    text += " The tests of further figures are in report.json."
+    text += "Holm: p adjusted over all pairs of arms in a column. The tests of further figures are in report.json."
     head = ["", *(escape(OF_ALL.get(name, name.removeprefix("auc ").replace(" vs ", " against "))) for name in shown)]
     return f"<h3>Differences between arms</h3><p>{escape(text)}</p>" + table(head, rows)
 

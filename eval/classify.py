@@ -34,7 +34,7 @@ from typing import Any
 from eval import arms, figures, runs
 from eval.arms import AUGMENTATIONS, PLAIN, POLICIES, UPPER
 from eval.classifier import MODELS, Recipe
-from eval.images import name_rows, refuse_below, refuse_learning_rate
+from eval.images import refuse_below, refuse_learning_rate
 from eval.leakage import said, unknown_weights
 from eval.runs import SHARES, Study
 from eval.sources import (
@@ -60,7 +60,7 @@ from eval.study import (
     load,
     trials,
 )
-from tiger.errors import InputError
+from tiger.errors import InputError, name_rows
 from tiger.errors import run as run_main
 from tiger.files import read_json, write_json
 from tiger.knowledge import Knowledge

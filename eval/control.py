@@ -28,7 +28,6 @@ from eval.images import (
     group_of,
     load_images,
     load_masks,
-    name_rows,
     patients_of,
     read_split,
     require_column,
@@ -49,7 +48,7 @@ from eval.judges import (
 )
 from eval.leakage import refuse_leakage
 from tiger.conditions import nodule_region, read_gray, read_mask, sobel_map
-from tiger.errors import InputError, run
+from tiger.errors import InputError, name_rows, run
 from tiger.files import write_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest

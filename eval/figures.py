@@ -21,9 +21,8 @@ from sklearn.metrics import roc_curve
 
 from eval import scoring, statistics
 from eval.arms import PLAIN
-from eval.images import name_rows
 from eval.study import ALL
-from tiger.errors import InputError
+from tiger.errors import InputError, name_rows
 from tiger.files import read_json
 from tiger.manifest import SPLITS
 

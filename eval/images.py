@@ -9,7 +9,7 @@ import numpy as np
 
 from tiger import manifest as manifests
 from tiger.conditions import read_gray, read_mask
-from tiger.errors import InputError
+from tiger.errors import InputError, name_rows
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row
 
@@ -129,12 +129,6 @@ def require_column(manifest: Manifest, column: str) -> None:
     missing = [row.file_name for row in manifest.rows if not getattr(row, column)]
     if missing:
         raise InputError(f"{manifest.path}: column '{column}' is needed but empty in {name_rows(missing)}")
-
-
-def name_rows(names: Sequence[str], most: int = 8) -> str:
-    """`a.png, b.png and 7 more`."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def patients_of(rows: Iterable[Row]) -> dict[str, str]:

@@ -17,9 +17,9 @@ import yaml
 from numpy.typing import NDArray
 
 from data.duplicates import NEAR_BITS, NEAR_CORRELATION, perceptual_hash, same_picture, thumbnail
-from eval.images import load_images, load_native, name_rows
+from eval.images import load_images, load_native
 from tiger import manifest as manifests
-from tiger.errors import InputError
+from tiger.errors import InputError, name_rows
 from tiger.files import read_json
 from tiger.knowledge import Knowledge
 from tiger.manifest import Manifest, Row, straddling_patients

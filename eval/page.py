@@ -68,7 +68,8 @@ def page(results: Results, figures: Mapping[str, Any], title: str) -> str:
     links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in shown)
     machine = figures["machine"]
     made_on = f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}"
-    commits = {entry["commit"] for entry in results.commands if entry["seconds"] is not None}
+    timed = (entry for entry in results.commands if entry["seconds"] is not None)  # the others do not know their commit
+    commits = {entry["commit"] for entry in timed}
     code = "; its stages ran at different commits of the code, see Commands" if len(commits) > 1 else ""
     if len(commits) == 1 and (commit := commits.pop()):
         code = f"; code at {commit[:12]}"

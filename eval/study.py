@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from eval.arms import EXTRA, PLAIN, REAL, UPPER, Group, Mixing, phases_of
-from eval.images import load_images, name_rows
+from eval.images import load_images
 from eval.leakage import keys_of, looks_of, refuse_copies, refuse_near_copies, with_mirrored
-from tiger.errors import InputError
+from tiger.errors import InputError, name_rows
 from tiger.manifest import SPLITS, Manifest
 
 ALL = "all"  # the task of telling all classes apart

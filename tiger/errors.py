@@ -1,7 +1,7 @@
 """Bad input ends in one clear line and exit code 2, work that cannot go on in one line and exit code 1."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class InputError(Exception):
@@ -27,3 +27,9 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 0
+
+
+def name_rows(names: Sequence[str], most: int = 8) -> str:
+    """`a.png, b.png and 7 more`."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -36,11 +36,11 @@ from tiger.conditions import (
     to_gray_alone,
     white_level,
 )
-from tiger.errors import InputError
+from tiger.errors import InputError, name_rows
 from tiger.knowledge import Knowledge
 from tiger.manifest import Row, column_problem
 
-MOST_NAMED = 8  # unknown labels, or images, that a message names
+MOST_NAMED = 8  # unknown labels that an error says how to map
 Picture = Path | str | bytes  # a file below the input folder, or the content of one
 
 
@@ -92,8 +92,7 @@ def build(
         rows = collect_rows(row, list(enumerate(range(len(records)), 2)), "folder", input_dir)
     bare = [row.file_name for row in rows if row.condition_fg is None]
     if 0 < len(bare) < len(rows):
-        named = ", ".join(bare[:MOST_NAMED]) + (", …" if len(bare) > MOST_NAMED else "")
-        tqdm.write(f"no mask was given for {len(bare)} of {len(rows)} images: {named}")
+        tqdm.write(f"no mask was given for {len(bare)} of {len(rows)} images: {name_rows(bare)}")
     return rows
 
 
@@ -104,12 +103,12 @@ def refuse_unknown(given: Counter[str], labels: Names, knowledge: Knowledge, whe
         if label and labels.get(label, label) not in knowledge.subtypes
     ]  # fmt: skip
     if strange:
-        shown, more = strange[:MOST_NAMED], len(strange) - MOST_NAMED
-        named = [f"{labels.get(label, label)!r} ({count} of {given.total()} rows)" for label, count in shown]
+        named = [f"{labels.get(label, label)!r} ({count} of {given.total()} rows)" for label, count in strange]
         raise InputError(
-            f"{where}: label {', '.join(named)}{f' and {more} more' if more > 0 else ''} is not one of "
-            f"{', '.join(knowledge.subtypes)} ({knowledge.organ} knowledge base): map it by --labels "
-            f"{' '.join(shlex.quote(f'{label}=…') for label, _ in shown)}, or name another vocabulary by --knowledge"
+            f"{where}: label {name_rows(named)} is not one of {', '.join(knowledge.subtypes)} "
+            f"({knowledge.organ} knowledge base): map it by --labels "
+            f"{' '.join(shlex.quote(f'{label}=…') for label, _ in strange[:MOST_NAMED])}, "
+            "or name another vocabulary by --knowledge"
         )
 
 
